@@ -1,0 +1,1 @@
+"""Arrays only: the model, losses, PPO mathematics and the train step. No files, tokenizers, logging or environment."""

@@ -1,0 +1,428 @@
+"""LLaMA as a pure description: tokens (and a cache, and a shared prefix) in, hidden states and logits out.
+
+Letters, used in this whole package: B batch, T query time, S key time, P shared-prefix time, D model, F feed-forward,
+N query heads, K key/value heads, H head size, V vocabulary, L layers.
+
+The parameters are one nested dict. Policy, reference, reward model and critic are the same tree; the last two carry a
+scalar head beside it (`almost_jax.core.heads`).
+"""
+
+import dataclasses
+from typing import Any, TypeAlias
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax import Array
+
+from almost_jax.core.attention import attention, cache_mask, causal_mask
+from almost_jax.core.partitioning import constrain
+
+Params: TypeAlias = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig:
+    """Rotary embedding: `theta` is the base; the other fields belong to `linear` and `llama3` scaling."""
+
+    theta: float = 10000.0
+    kind: str = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("default", "linear", "llama3"):
+            raise ValueError(f"rope type {self.kind!r} can't be run faithfully; known: default, linear, llama3")
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """The shape of a LLaMA; frozen and hashable, so that it can be a static argument.
+
+    `dtype` is the compute dtype of matrix products; parameters keep their own. With `scan_layers` the layers'
+    parameters and caches are stacked on a leading axis L and the program holds one layer; without, they are tuples
+    of trees and the program holds them all (faster to decode on a CPU).
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rms_norm_eps: float = 1e-5
+    rope: RopeConfig = RopeConfig()
+    tie_embeddings: bool = False
+    max_position_embeddings: int = 2048
+    initializer_range: float = 0.02
+    dtype: str = "float32"
+    scan_layers: bool = True
+    remat: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads {self.num_heads} must be a multiple of num_kv_heads {self.num_kv_heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim {self.head_dim} must be even for rotary embeddings")
+
+
+@struct.dataclass
+class Cache:
+    """Keys and values of what each row has seen, without the shared prefix.
+
+    keys, values: [L, B, S, K, H] when layers are scanned, else a tuple of L arrays [B, S, K, H]. lengths: [B] int32,
+    the slots filled; what lies beyond is garbage that no query may see and that the next tokens overwrite.
+    """
+
+    keys: Any
+    values: Any
+    lengths: Array
+
+
+@struct.dataclass
+class Prefix:
+    """Keys and values of a prompt that all rows share: [L, P, K, H], or a tuple of L arrays [P, K, H]."""
+
+    keys: Any
+    values: Any
+
+    @property
+    def length(self) -> int:
+        """P, the number of shared tokens."""
+        first = self.keys[0] if isinstance(self.keys, tuple) else self.keys
+        return int(first.shape[-3])
+
+
+def rope_frequencies(rope: RopeConfig, head_dim: int) -> Array:
+    """Angular frequencies [H / 2] in float32, after scaling.
+
+    `linear` divides all of them by `factor`; `llama3` divides those of wavelengths longer than the original context
+    over `low_freq_factor`, keeps those shorter than it over `high_freq_factor`, and blends between (Llama 3.1).
+    """
+    exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
+    frequencies = 1.0 / (jnp.float32(rope.theta) ** exponents)
+    if rope.kind == "linear":
+        return frequencies / rope.factor
+    if rope.kind == "llama3":
+        context = rope.original_max_position_embeddings
+        wavelengths = 2 * jnp.pi / frequencies
+        keep = (context / wavelengths - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+        keep = jnp.clip(keep, 0.0, 1.0)
+        return frequencies * keep + frequencies / rope.factor * (1 - keep)
+    return frequencies
+
+
+def rotate(x: Array, positions: Array, rope: RopeConfig) -> Array:
+    """Apply rotary position embeddings, halves paired as in Hugging Face's LLaMA.
+
+    Args:
+        x: [B, T, heads, H].
+        positions: [B, T] int32, absolute.
+    """
+    angles = positions.astype(jnp.float32)[..., None] * rope_frequencies(rope, x.shape[-1])[None, None, :]
+    cos, sin = jnp.cos(angles)[:, :, None, :], jnp.sin(angles)[:, :, None, :]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale over the last axis, in float32 (Zhang and Sennrich, 2019)."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        scale = self.param(
+            "scale", nn.with_logical_partitioning(nn.initializers.ones_init(), ("norm",)), (x.shape[-1],)
+        )
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return (wide * scale.astype(jnp.float32)[None, None, :]).astype(x.dtype)
+
+
+class Kernel(nn.Module):
+    """A matrix without bias, of any rank: contracts the last `contracted` axes of x with its first ones."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    stddev: float
+    contracted: int = 1
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        initializer = nn.with_logical_partitioning(nn.initializers.normal(self.stddev), self.axes)
+        kernel = self.param("kernel", initializer, self.shape).astype(x.dtype)
+        ends = tuple(range(x.ndim - self.contracted, x.ndim)), tuple(range(self.contracted))
+        return jax.lax.dot_general(x, kernel, (ends, ((), ())))
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention with rotary embeddings."""
+
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(
+        self, x: Array, positions: Array, mask: Array, starts: Array | None, cache: Any, prefix: Any
+    ) -> tuple[Array, Any]:
+        """x [B, T, D] -> [B, T, D] and the layer's cache (keys, values), written at `starts` when there is one."""
+        c = self.config
+        wide, narrow = (c.num_heads, c.head_dim), (c.num_kv_heads, c.head_dim)
+        std, d = c.initializer_range, c.hidden_size
+        q = Kernel((d, *wide), ("embed", "heads", "head_dim"), std, name="query")(x)
+        k = Kernel((d, *narrow), ("embed", "kv_heads", "head_dim"), std, name="key")(x)
+        v = Kernel((d, *narrow), ("embed", "kv_heads", "head_dim"), std, name="value")(x)
+        q = constrain(rotate(q, positions, c.rope), "batch", "length", "activation_heads", None)
+        k = constrain(rotate(k, positions, c.rope), "batch", "length", "activation_kv_heads", None)
+        v = constrain(v, "batch", "length", "activation_kv_heads", None)
+        if cache is not None:
+            k = jax.vmap(_write)(cache[0], k.astype(cache[0].dtype), starts)
+            v = jax.vmap(_write)(cache[1], v.astype(cache[1].dtype), starts)
+        mixed = attention(q, k.astype(q.dtype), v.astype(q.dtype), mask, prefix)
+        mixed = constrain(mixed, "batch", "length", "activation_heads", None)
+        out = Kernel((*wide, d), ("heads", "head_dim", "embed"), std, contracted=2, name="output")(mixed)
+        return out, (k, v)
+
+
+def _write(slots: Array, new: Array, start: Array) -> Array:
+    """Write new keys or values [T, K, H] into one row's slots [S, K, H] from `start` on."""
+    zero = jnp.zeros((), start.dtype)
+    return jax.lax.dynamic_update_slice(slots, new, (start, zero, zero))
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x)) (Shazeer, 2020)."""
+
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        c = self.config
+        shape, axes, std = (c.hidden_size, c.intermediate_size), ("embed", "mlp"), c.initializer_range
+        gate = Kernel(shape, axes, std, name="gate")(x)
+        up = Kernel(shape, axes, std, name="up")(x)
+        hidden = constrain(nn.silu(gate) * up, "batch", "length", "activation_mlp")
+        return Kernel(shape[::-1], axes[::-1], std, name="down")(hidden)
+
+
+class Block(nn.Module):
+    """One layer: attention and feed-forward, each behind a norm and beside a residual."""
+
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(
+        self, x: Array, positions: Array, mask: Array, starts: Array | None, cache: Any, prefix: Any
+    ) -> tuple[Array, Any]:
+        c = self.config
+        x = constrain(x, "batch", "length", "activation_embed")
+        normed = RMSNorm(c.rms_norm_eps, name="attention_norm")(x)
+        mixed, kept = Attention(c, name="attention")(normed, positions, mask, starts, cache, prefix)
+        x = x + mixed
+        x = x + MLP(c, name="mlp")(RMSNorm(c.rms_norm_eps, name="mlp_norm")(x))
+        return constrain(x, "batch", "length", "activation_embed"), kept
+
+
+class Llama(nn.Module):
+    """The whole model; call `hidden_states` and `logits` below instead of `apply`."""
+
+    config: LlamaConfig
+
+    def setup(self) -> None:
+        c = self.config
+        normal = nn.initializers.normal(c.initializer_range)
+        self.embedding = self.param(
+            "embedding", nn.with_logical_partitioning(normal, ("vocab", "embed")), (c.vocab_size, c.hidden_size)
+        )
+        block: Any = nn.remat(Block, prevent_cse=not c.scan_layers) if c.remat else Block
+        if c.scan_layers:
+            scanned = nn.scan(
+                block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0, 0),
+                length=c.num_layers,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )
+            self.layers = scanned(c)
+        else:
+            self.layers = tuple(block(c) for _ in range(c.num_layers))
+        self.norm = RMSNorm(c.rms_norm_eps)
+        if not c.tie_embeddings:
+            self.lm_head = Kernel((c.hidden_size, c.vocab_size), ("embed", "vocab"), c.initializer_range)
+
+    def __call__(
+        self,
+        tokens: Array,
+        positions: Array,
+        mask: Array,
+        starts: Array | None = None,
+        cache: Any = None,
+        prefix: Any = None,
+    ) -> tuple[Array, Any]:
+        """Tokens [B, T] -> hidden states [B, T, D] after the last norm, and every layer's keys and values."""
+        x = jnp.take(self.embedding, tokens, axis=0).astype(self.config.dtype)
+        if self.config.scan_layers:
+            x, kept = self.layers(x, positions, mask, starts, cache, prefix)
+        else:
+            keys, values = [], []
+            for index, layer in enumerate(self.layers):
+                own = None if cache is None else (cache[0][index], cache[1][index])
+                shared = None if prefix is None else (prefix[0][index], prefix[1][index])
+                x, (key, value) = layer(x, positions, mask, starts, own, shared)
+                keys.append(key)
+                values.append(value)
+            kept = tuple(keys), tuple(values)
+        return self.norm(x), kept
+
+    def unembed(self, hidden: Array) -> Array:
+        """Hidden states [B, T, D] -> logits [B, T, V] in float32."""
+        if self.config.tie_embeddings:
+            table = self.embedding.astype(hidden.dtype)
+            out = jnp.einsum("btd,vd->btv", hidden, table, preferred_element_type=jnp.float32)
+        else:
+            out = self.lm_head(hidden).astype(jnp.float32)
+        return constrain(out, "batch", "length", "activation_vocab")
+
+    def everything(self, tokens: Array, positions: Array, mask: Array) -> Array:
+        """Both methods once, so that `init` makes every parameter."""
+        return self.unembed(self(tokens, positions, mask)[0])
+
+
+def _boxed(config: LlamaConfig, key: Array) -> Params:
+    tokens = jnp.zeros((1, 2), jnp.int32)
+    mask = jnp.ones((1, 2, 2), bool)
+    variables: Params = Llama(config).init(key, tokens, tokens, mask, method="everything")
+    params: Params = variables["params"]
+    return params
+
+
+def init_params(config: LlamaConfig, key: Array) -> Params:
+    """Fresh float32 parameters: normal(initializer_range) matrices, ones for norms."""
+    params: Params = nn.meta.unbox(_boxed(config, key))
+    return params
+
+
+def abstract_params(config: LlamaConfig) -> Params:
+    """The tree of shapes and dtypes that `init_params` would make, without making it."""
+    params: Params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    return params
+
+
+def logical_axes(config: LlamaConfig) -> Params:
+    """For every parameter the tuple of its logical axis names, in a tree like `init_params`'s."""
+    boxed = jax.eval_shape(lambda: _boxed(config, jax.random.key(0)))
+    axes: Params = jax.tree.map(tuple, nn.get_partition_spec(boxed), is_leaf=lambda x: isinstance(x, jax.P))
+    return axes
+
+
+def hidden_states(
+    params: Params,
+    config: LlamaConfig,
+    tokens: Array,
+    *,
+    prefix: Prefix | None = None,
+    positions: Array | None = None,
+    segment_ids: Array | None = None,
+) -> Array:
+    """The full forward pass of rows that stand alone (training, scoring).
+
+    Rows are padded on the right; causality keeps padding from every real token, so no lengths are needed.
+
+    Args:
+        params: the model's tree; a scalar head in it is ignored.
+        tokens: [B, T] int32.
+        prefix: what all rows saw before their first token.
+        positions: [B, T] absolute positions; counted from the prefix's end when None.
+        segment_ids: [B, T] for packed rows: tokens see their own segment only.
+
+    Returns:
+        [B, T, D] after the last norm.
+    """
+    shared, offset = _shared(prefix)
+    if positions is None:
+        positions = jnp.broadcast_to(offset + jnp.arange(tokens.shape[1])[None, :], tokens.shape)
+    mask = causal_mask(positions, segment_ids)
+    hidden, _ = Llama(config).apply({"params": params}, tokens, positions, mask, prefix=shared)
+    return hidden
+
+
+def hidden_states_cached(
+    params: Params,
+    config: LlamaConfig,
+    tokens: Array,
+    cache: Cache,
+    num_tokens: Array,
+    *,
+    prefix: Prefix | None = None,
+) -> tuple[Array, Cache]:
+    """Continue every row of a cache by new tokens: prefill, a later turn, or one step of decoding.
+
+    Args:
+        params: the model's tree.
+        tokens: [B, T] int32, padded on the right.
+        cache: must have `cache.lengths + T <= S` in every row; the caller sees to it.
+        num_tokens: [B] int32 in 0..T, how many of a row's tokens are real.
+        prefix: what all rows saw before their first token.
+
+    Returns:
+        Hidden states [B, T, D] (garbage at padding) and the cache with `lengths + num_tokens`.
+    """
+    shared, offset = _shared(prefix)
+    slots = (cache.keys[0] if isinstance(cache.keys, tuple) else cache.keys).shape[-3]
+    positions = offset + cache.lengths[:, None] + jnp.arange(tokens.shape[1])[None, :]
+    mask = cache_mask(cache.lengths, tokens.shape[1], slots)
+    hidden, (keys, values) = Llama(config).apply(
+        {"params": params}, tokens, positions, mask, cache.lengths, (cache.keys, cache.values), shared
+    )
+    return hidden, Cache(keys, values, cache.lengths + num_tokens)
+
+
+def logits(params: Params, config: LlamaConfig, hidden: Array) -> Array:
+    """Hidden states [B, T, D] -> logits [B, T, V], float32."""
+    out: Array = Llama(config).apply({"params": params}, hidden, method="unembed")
+    return out
+
+
+def empty_cache(config: LlamaConfig, batch: int, slots: int) -> Cache:
+    """A cache of `batch` rows with room for `slots` tokens each beyond the prefix, in the compute dtype."""
+    shape = (batch, slots, config.num_kv_heads, config.head_dim)
+    axes = ("batch", "length", "activation_kv_heads", None)
+
+    def zeros() -> Any:
+        if config.scan_layers:
+            return constrain(jnp.zeros((config.num_layers, *shape), config.dtype), "layers", *axes)
+        return tuple(constrain(jnp.zeros(shape, config.dtype), *axes) for _ in range(config.num_layers))
+
+    return Cache(zeros(), zeros(), jnp.zeros((batch,), jnp.int32))
+
+
+def prefill_prefix(params: Params, config: LlamaConfig, tokens: Array) -> Prefix:
+    """Compute a shared prefix once.
+
+    Args:
+        tokens: [P] int32, P >= 1.
+    """
+    row = tokens[None, :]
+    positions = jnp.arange(tokens.shape[0])[None, :]
+    _, (keys, values) = Llama(config).apply({"params": params}, row, positions, causal_mask(positions))
+    if config.scan_layers:
+        return Prefix(keys[:, 0], values[:, 0])
+    return Prefix(tuple(key[0] for key in keys), tuple(value[0] for value in values))
+
+
+def unstack_layers(params: Params, num_layers: int) -> Params:
+    """From the scanned tree ("layers", leaves [L, ...]) to the unrolled one ("layers_0", "layers_1", ...)."""
+    rest = {name: tree for name, tree in params.items() if name != "layers"}
+    rows = {f"layers_{i}": jax.tree.map(lambda leaf: leaf[i], params["layers"]) for i in range(num_layers)}  # noqa: B023
+    return {**rest, **rows}
+
+
+def _shared(prefix: Prefix | None) -> tuple[Any, int]:
+    return (None, 0) if prefix is None else ((prefix.keys, prefix.values), prefix.length)

@@ -1,0 +1,134 @@
+"""Train state, optimizer, gradient accumulation and the step that every supervised stage and PPO share."""
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax import Array
+
+from almost_jax.config import OptimizerConfig
+from almost_jax.core.llama import Params
+
+Batch: TypeAlias = dict[str, Array]
+# params, micro-batch -> (sum of losses, (sum of weights, {metric: (sum, sum of weights)}))
+LossSums: TypeAlias = Callable[[Params, Batch], tuple[Array, tuple[Array, dict[str, tuple[Array, Array]]]]]
+
+
+@struct.dataclass
+class TrainState:
+    """What a training step reads and writes: `step` int32 scalar, the parameters, the optimizer's state."""
+
+    step: Array
+    params: Params
+    opt_state: Any
+
+
+def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
+    """Linear warm-up from 0, then constant, linear or cosine decay to `final_fraction` of the peak at `total_steps`."""
+    peak, warmup = config.learning_rate, config.warmup_steps
+    rest = max(total_steps - warmup, 1)
+    after: optax.Schedule
+    if config.schedule == "constant":
+        after = optax.constant_schedule(peak)
+    elif config.schedule == "linear":
+        after = optax.linear_schedule(peak, peak * config.final_fraction, rest)
+    else:
+        after = optax.cosine_decay_schedule(peak, rest, config.final_fraction)
+    if warmup == 0:
+        return after
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
+
+
+def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
+    """AdamW (decay on matrices only, not on norm scales or heads) behind global-norm clipping."""
+
+    def decayed(params: Params) -> Any:
+        return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in ("kernel", "embedding"), params)
+
+    return optax.chain(
+        optax.clip_by_global_norm(config.max_grad_norm),
+        optax.adamw(
+            learning_rate_schedule(config, total_steps),
+            b1=config.b1,
+            b2=config.b2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            mask=decayed,
+        ),
+    )
+
+
+def init_state(params: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    """A fresh state at step 0."""
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+
+def accumulate_gradients(
+    loss_sums: LossSums, params: Params, batch: Batch, micro_batches: int
+) -> tuple[Params, dict[str, Array]]:
+    """The gradient of the batch's mean loss, computed over `micro_batches` parts.
+
+    Sums of losses, weights and gradients are added over the parts and divided once by the batch's whole weight, so
+    ragged rows weigh the same however the batch is split.
+
+    Args:
+        loss_sums: see `LossSums`; weights must not depend on the parameters.
+        params: the tree to differentiate.
+        batch: arrays [B, ...] with B divisible by `micro_batches`.
+        micro_batches: the number of parts.
+
+    Returns:
+        Gradients in float32, and {"loss": ..., and every metric: its sum over its weight}.
+
+    Raises:
+        ValueError: B is not divisible by `micro_batches`.
+    """
+    size = jax.tree.leaves(batch)[0].shape[0]
+    if size % micro_batches:
+        raise ValueError(f"a batch of {size} can't be split into {micro_batches} micro-batches of equal size")
+    grad_fn = jax.value_and_grad(loss_sums, has_aux=True)
+
+    def one(part: Batch) -> Any:
+        (loss, (weight, metrics)), grads = grad_fn(params, part)
+        return loss, weight, metrics, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+
+    if micro_batches == 1:
+        totals = one(batch)
+    else:
+        # Micro-batch i takes rows i, i + n, ...: each keeps its share of every device's rows.
+        parts = jax.tree.map(
+            lambda x: jnp.swapaxes(x.reshape(size // micro_batches, micro_batches, *x.shape[1:]), 0, 1), batch
+        )
+        shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], parts))
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        totals, _ = jax.lax.scan(lambda sums, part: (jax.tree.map(jnp.add, sums, one(part)), None), zeros, parts)
+    loss, weight, metrics, grads = totals
+    whole = jnp.maximum(weight, 1e-8)
+    grads = jax.tree.map(lambda g: g / whole, grads)
+    figures = {name: total / jnp.maximum(count, 1e-8) for name, (total, count) in metrics.items()}
+    return grads, {"loss": loss / whole, **figures}
+
+
+def apply_gradients(state: TrainState, grads: Params, optimizer: optax.GradientTransformation) -> TrainState:
+    """One optimizer update."""
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
+
+
+def make_train_step(
+    loss_sums: LossSums, optimizer: optax.GradientTransformation, micro_batches: int = 1
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
+    """A jitted step (state, batch) -> (state, metrics); the state's memory is donated.
+
+    Metrics are float32 scalars: those of `accumulate_gradients` and `grad_norm`, before clipping.
+    """
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        grads, metrics = accumulate_gradients(loss_sums, state.params, batch, micro_batches)
+        metrics["grad_norm"] = optax.global_norm(grads)
+        return apply_gradients(state, grads, optimizer), metrics
+
+    return jax.jit(step, donate_argnums=0)

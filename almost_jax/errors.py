@@ -1,0 +1,9 @@
+"""The one exception that means "the input is wrong, and here is what would be right"."""
+
+
+class InputError(ValueError):
+    """Bad input from outside: a config key, a file, a shape, a checkpoint.
+
+    The message is one line that names the key, file and line, or shape, and says what would be right. The command line
+    prints it on standard error without a traceback and exits with code 2.
+    """

@@ -1,0 +1,1 @@
+"""The outside world: tokenizers, checkpoints, records, metrics, the run directory."""
