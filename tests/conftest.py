@@ -1,0 +1,30 @@
+"""Test set-up: eight fake CPU devices, strict promotion, and a compilation cache kept between runs."""
+
+import os
+from pathlib import Path
+
+# Read when jax is first imported, so these lines come before every other import.
+DEVICES = 8
+os.environ["JAX_PLATFORMS"] = "cpu"
+_flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "xla_force_host_platform_device_count" not in flag]
+os.environ["XLA_FLAGS"] = " ".join([*_flags, f"--xla_force_host_platform_device_count={DEVICES}"])
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".jax_cache"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _eight_devices() -> None:
+    assert jax.device_count() == DEVICES, "jax was imported before tests/conftest.py could ask for fake devices"
+
+
+@pytest.fixture
+def experiments_folder() -> Path:
+    """The folder of the shipped experiment files."""
+    return Path(__file__).parents[1] / "experiments"
