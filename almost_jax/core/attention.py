@@ -1,6 +1,7 @@
 """Grouped-query attention over a row's own keys and, without copying it, over a prefix that all rows share.
 
-Letters: B batch, T query time, S key time, P shared-prefix time, N query heads, K key/value heads, G = N / K, H head size.
+Letters: B batch, T query time, S key time, P shared-prefix time, N query heads, K key/value heads, G = N / K, H head
+size.
 """
 
 import jax

@@ -138,7 +138,8 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        scale = self.param(
+        """Normalise x [B, T, D] in float32; the result has its dtype."""
+        scale: Any = self.param(
             "scale", nn.with_logical_partitioning(nn.initializers.ones_init(), ("norm",)), (x.shape[-1],)
         )
         wide = x.astype(jnp.float32)
@@ -156,8 +157,10 @@ class Kernel(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        """Multiply in the dtype of x."""
         initializer = nn.with_logical_partitioning(nn.initializers.normal(self.stddev), self.axes)
-        kernel = self.param("kernel", initializer, self.shape).astype(x.dtype)
+        parameter: Any = self.param("kernel", initializer, self.shape)
+        kernel = parameter.astype(x.dtype)
         ends = tuple(range(x.ndim - self.contracted, x.ndim)), tuple(range(self.contracted))
         return jax.lax.dot_general(x, kernel, (ends, ((), ())))
 
@@ -171,7 +174,7 @@ class Attention(nn.Module):
     def __call__(
         self, x: Array, positions: Array, mask: Array, starts: Array | None, cache: Any, prefix: Any
     ) -> tuple[Array, Any]:
-        """x [B, T, D] -> [B, T, D] and the layer's cache (keys, values), written at `starts` when there is one."""
+        """Attend: x [B, T, D] -> [B, T, D], and the layer's keys and values, written at `starts` into the cache."""
         c = self.config
         wide, narrow = (c.num_heads, c.head_dim), (c.num_kv_heads, c.head_dim)
         std, d = c.initializer_range, c.hidden_size
@@ -182,6 +185,7 @@ class Attention(nn.Module):
         k = constrain(rotate(k, positions, c.rope), "batch", "length", "activation_kv_heads", None)
         v = constrain(v, "batch", "length", "activation_kv_heads", None)
         if cache is not None:
+            assert starts is not None, "a cache comes with the slots to write at"
             k = jax.vmap(_write)(cache[0], k.astype(cache[0].dtype), starts)
             v = jax.vmap(_write)(cache[1], v.astype(cache[1].dtype), starts)
         mixed = attention(q, k.astype(q.dtype), v.astype(q.dtype), mask, prefix)
@@ -203,6 +207,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
+        """Map x [B, T, D] -> [B, T, D]."""
         c = self.config
         shape, axes, std = (c.hidden_size, c.intermediate_size), ("embed", "mlp"), c.initializer_range
         gate = Kernel(shape, axes, std, name="gate")(x)
@@ -220,6 +225,7 @@ class Block(nn.Module):
     def __call__(
         self, x: Array, positions: Array, mask: Array, starts: Array | None, cache: Any, prefix: Any
     ) -> tuple[Array, Any]:
+        """Map x [B, T, D] -> [B, T, D], with the layer's keys and values."""
         c = self.config
         x = constrain(x, "batch", "length", "activation_embed")
         normed = RMSNorm(c.rms_norm_eps, name="attention_norm")(x)
@@ -235,9 +241,10 @@ class Llama(nn.Module):
     config: LlamaConfig
 
     def setup(self) -> None:
+        """Name the parameters."""
         c = self.config
         normal = nn.initializers.normal(c.initializer_range)
-        self.embedding = self.param(
+        self.embedding: Any = self.param(
             "embedding", nn.with_logical_partitioning(normal, ("vocab", "embed")), (c.vocab_size, c.hidden_size)
         )
         block: Any = nn.remat(Block, prevent_cse=not c.scan_layers) if c.remat else Block
@@ -298,8 +305,7 @@ class Llama(nn.Module):
 def _boxed(config: LlamaConfig, key: Array) -> Params:
     tokens = jnp.zeros((1, 2), jnp.int32)
     mask = jnp.ones((1, 2, 2), bool)
-    variables: Params = Llama(config).init(key, tokens, tokens, mask, method="everything")
-    params: Params = variables["params"]
+    params: Params = dict(Llama(config).init(key, tokens, tokens, mask, method="everything")["params"])
     return params
 
 
@@ -386,8 +392,8 @@ def hidden_states_cached(
 
 def logits(params: Params, config: LlamaConfig, hidden: Array) -> Array:
     """Hidden states [B, T, D] -> logits [B, T, V], float32."""
-    out: Array = Llama(config).apply({"params": params}, hidden, method="unembed")
-    return out
+    out: Any = Llama(config).apply({"params": params}, hidden, method="unembed")
+    return jnp.asarray(out)
 
 
 def empty_cache(config: LlamaConfig, batch: int, slots: int) -> Cache:
@@ -411,7 +417,8 @@ def prefill_prefix(params: Params, config: LlamaConfig, tokens: Array) -> Prefix
     """
     row = tokens[None, :]
     positions = jnp.arange(tokens.shape[0])[None, :]
-    _, (keys, values) = Llama(config).apply({"params": params}, row, positions, causal_mask(positions))
+    out: Any = Llama(config).apply({"params": params}, row, positions, causal_mask(positions))
+    keys, values = out[1]
     if config.scan_layers:
         return Prefix(keys[:, 0], values[:, 0])
     return Prefix(tuple(key[0] for key in keys), tuple(value[0] for value in values))

@@ -79,7 +79,7 @@ def whiten(x: Array, mask: Array, shift_mean: bool) -> Array:
 
 
 def token_logprobs(logits: Array, tokens: Array, temperature: float) -> Array:
-    """log softmax(logits / temperature) of the given tokens, over the full vocabulary.
+    """Log softmax(logits / temperature) of the given tokens, over the full vocabulary.
 
     Args:
         logits: [B, T, V]; `logits[:, t]` is the distribution of `tokens[:, t]`, so the caller has shifted them already.
@@ -153,7 +153,7 @@ def centering_penalty(chosen: Array, rejected: Array) -> Array:
 
 
 def pairwise_accuracy(chosen: Array, rejected: Array) -> Array:
-    """1 where chosen scores higher, 0.5 at a tie (so that a constant scorer gets chance), else 0: [B] -> [B] float32."""
+    """1 where chosen scores higher, 0.5 at a tie (a constant scorer gets chance), else 0: [B] -> [B] float32."""
     difference = chosen.astype(jnp.float32) - rejected.astype(jnp.float32)
     return 0.5 + 0.5 * jnp.sign(difference)
 

@@ -1,7 +1,7 @@
 """Device meshes, and the one table that maps logical axis names to mesh axes.
 
-Every parameter and activation of the model names its axes logically ("embed", "heads", "batch", ...). `RULES` says which
-mesh axes each of them is split over; everything else (shardings of trees, constraints on activations) follows.
+Every parameter and activation of the model names its axes logically ("embed", "heads", "batch", ...). `RULES` says
+which mesh axes each of them is split over; everything else (shardings of trees, constraints on activations) follows.
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,7 @@
 """The mathematics of PPO on text: KL penalties, shaped rewards, advantages, clipped losses, the KL controller.
 
-Arrays over a response are [B, G], indexed from its first token; `mask` [B, G] is bool, True at the response's tokens (the
-stop token included), and rows fill it from the left. G can be any size, so tests and docstrings below say T for it.
-Rewards, values and losses are float32.
+Arrays over a response are [B, T], indexed from its first token; `mask` is bool, True at the response's tokens (the stop
+token included), and rows fill it from the left. Rewards, values and losses are float32.
 
 The order within a PPO step: `clip_scores`, `penalize_missing_end`, `kl_estimates`, `shaped_rewards`, whitening of
 rewards, `gae`, whitening of advantages (both over the whole batch, `almost_jax.core.losses.whiten`); then, per
@@ -22,8 +21,8 @@ def ended(tokens: Array, lengths: Array, stop_tokens: tuple[int, ...]) -> Array:
     Looks at the response alone, so a stop token in the prompt or in the padding doesn't count.
 
     Args:
-        tokens: [B, G] int32, response tokens.
-        lengths: [B] int32 in 0..G, the stop token included.
+        tokens: [B, T] int32, response tokens.
+        lengths: [B] int32 in 0..T, the stop token included.
         stop_tokens: the configured ones.
 
     Returns:
@@ -174,8 +173,8 @@ def policy_loss(logprobs: Array, old_logprobs: Array, advantages: Array, mask: A
 def value_loss(values: Array, old_values: Array, returns: Array, mask: Array, cliprange_value: float) -> LossTerms:
     """0.5 max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2), clipped around the rollout's values.
 
-    Source: OpenAI baselines' PPO2, described in Huang et al., "The 37 Implementation Details of PPO", 2022, detail 9, and
-    used by Ziegler et al. 2019.
+    Source: OpenAI baselines' PPO2, described in Huang et al., "The 37 Implementation Details of PPO", 2022, detail 9,
+    and used by Ziegler et al. 2019.
 
     Args:
         values: [B, T] of the critic being trained.
@@ -229,8 +228,8 @@ def update_kl_coef(
 ) -> Array:
     """The adaptive controller: beta <- beta (1 + e batch_size / horizon), e = clip(KL / target - 1, -0.2, 0.2).
 
-    Source: Ziegler et al. 2019, section 2.2, with the step size batch_size / horizon of their code. The fixed controller
-    is not calling this. The coefficient is all the state there is: saved and restored as float32 it resumes exactly.
+    Source: Ziegler et al. 2019, section 2.2, with the step size batch_size / horizon of their code. A fixed controller
+    is one that doesn't call this. The coefficient is all the state there is: saved as float32 it resumes exactly.
 
     Args:
         kl_coef: beta of the step that made the observation.

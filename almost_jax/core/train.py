@@ -10,6 +10,7 @@ from flax import struct
 from jax import Array
 
 from almost_jax.config import OptimizerConfig
+from almost_jax.core.heads import HEAD
 from almost_jax.core.llama import Params
 
 Batch: TypeAlias = dict[str, Array]
@@ -43,10 +44,15 @@ def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.S
 
 
 def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
-    """AdamW (decay on matrices only, not on norm scales or heads) behind global-norm clipping."""
+    """AdamW (decay on matrices only, not on norm scales or the scalar head) behind global-norm clipping."""
 
     def decayed(params: Params) -> Any:
-        return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in ("kernel", "embedding"), params)
+        # By name, not by rank: the stacked scales of scanned layers are of rank 2 too, and the head is a "kernel" too.
+        def is_matrix(path: Any, _: Any) -> bool:
+            names = [entry.key for entry in path]
+            return names[-1] in ("kernel", "embedding") and HEAD not in names
+
+        return jax.tree_util.tree_map_with_path(is_matrix, params)
 
     return optax.chain(
         optax.clip_by_global_norm(config.max_grad_norm),
