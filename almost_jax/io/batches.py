@@ -1,0 +1,73 @@
+"""Token lists to padded arrays, and which examples make up the batch of a step."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from almost_jax.errors import InputError
+
+
+def pad(
+    sequences: Sequence[Sequence[int]], length: int, pad_id: int
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Pad sequences on the right to one length.
+
+    Args:
+        sequences: B lists of token ids, of any length up to `length`, 0 included.
+        length: T, tokens per row.
+        pad_id: what fills the rest; masks come from the lengths, so it may be a real token too.
+
+    Returns:
+        tokens [B, T] int32 and lengths [B] int32.
+
+    Raises:
+        InputError: a sequence is longer than `length`.
+    """
+    tokens = np.full((len(sequences), length), pad_id, np.int32)
+    lengths = np.zeros((len(sequences),), np.int32)
+    for row, sequence in enumerate(sequences):
+        if len(sequence) > length:
+            raise InputError(f"sequence {row} has {len(sequence)} tokens, but rows have room for {length}")
+        tokens[row, : len(sequence)] = sequence
+        lengths[row] = len(sequence)
+    return tokens, lengths
+
+
+def bucket_length(n: int, multiple: int) -> int:
+    """The smallest positive multiple of `multiple` that holds `n` tokens: few lengths mean few compiled programs."""
+    return max(-(-n // multiple), 1) * multiple
+
+
+def epoch_order(seed: int, epoch: int, n: int) -> NDArray[np.int64]:
+    """A permutation of 0..n-1 that depends on (seed, epoch) alone.
+
+    Sorts raw Philox words, a stream that NumPy promises never to change (its shuffles carry no such promise).
+    """
+    words = np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(n)
+    return np.argsort(words, kind="stable")
+
+
+def batch_indices(step: int, batch_size: int, n: int, seed: int) -> NDArray[np.int64]:
+    """Which of n examples make up the batch of a step.
+
+    The epochs' permutations are laid end to end and cut into batches, so every batch is full, an epoch sees every example
+    once, and a batch may straddle two epochs. A function of its arguments alone: resuming needs no saved state.
+
+    Args:
+        step: counted from 0.
+        batch_size: B; may exceed n.
+        n: number of examples, at least 1.
+        seed: of the order.
+
+    Returns:
+        [B] int64 indices in 0..n-1.
+
+    Raises:
+        InputError: there are no examples.
+    """
+    if n < 1:
+        raise InputError("there are 0 examples to make batches of; at least 1 is needed")
+    places = np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.int64)
+    orders = {int(epoch): epoch_order(seed, int(epoch), n) for epoch in np.unique(places // n)}
+    return np.array([orders[int(place // n)][place % n] for place in places], np.int64)

@@ -1,0 +1,214 @@
+"""Records: JSON lines on disk, written atomically and in order, so that a killed stage continues without gap or repeat.
+
+JSON is UTF-8 with keys in insertion order and floats by `repr` (they read back exactly); NaN and infinities are refused,
+as they aren't JSON. Lines end at "\\n" alone: U+2028 and its like may stand inside a text.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, TypeAlias
+
+from almost_jax.errors import InputError
+
+Record: TypeAlias = dict[str, Any]
+
+
+def dump_record(record: Record) -> bytes:
+    """One record as a line of UTF-8 JSON, newline included.
+
+    Raises:
+        InputError: a value that JSON or UTF-8 can't hold (NaN, infinity, an object, half a surrogate pair).
+    """
+    try:
+        text = json.dumps(record, ensure_ascii=False, allow_nan=False)
+        return text.encode("utf-8") + b"\n"
+    except (TypeError, ValueError) as error:
+        raise InputError(f"record can't be written as JSON ({error}): {str(record)[:200]!r}") from error
+
+
+def parse_records(data: bytes, name: str) -> list[Record]:
+    """The records of a whole file's bytes; blank lines are passed over, a byte-order mark is dropped.
+
+    Args:
+        data: the file's content.
+        name: the file, for messages.
+
+    Raises:
+        InputError: a line that isn't a JSON object in UTF-8; names file and line.
+    """
+    records: list[Record] = []
+    for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+        if line.strip():
+            records.append(_parse(line, f"{name}, line {number}"))
+    return records
+
+
+def read_records(path: Path) -> list[Record]:
+    """Every record of a JSON-lines file, in order.
+
+    Raises:
+        InputError: the file is missing, or a line isn't a JSON object; names file and line.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: can't be read ({error.strerror}); expected a JSON-lines file") from error
+    return parse_records(data, str(path))
+
+
+def write_records(path: Path, records: Iterable[Record]) -> None:
+    """Write a whole file at once: readers see the old file or the new one, never a part.
+
+    Raises:
+        InputError: a record that can't be written as JSON.
+    """
+    write_bytes(path, b"".join(dump_record(record) for record in records))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace a file's content atomically: a temporary file beside it, synced, then renamed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def partial_path(path: Path) -> Path:
+    """Where a `RecordWriter` keeps its lines until it finishes: `queries.jsonl.partial` for `queries.jsonl`."""
+    return Path(path).with_name(Path(path).name + ".partial")
+
+
+def parse_partial(data: bytes, name: str) -> tuple[list[Record], int]:
+    """The complete records of a file whose writer may have been killed, and how many bytes they take.
+
+    A last line without newline, or that isn't a JSON object, is torn and not counted.
+
+    Raises:
+        InputError: a bad line before the last one: that is damage, not a kill.
+    """
+    whole = data.rfind(b"\n") + 1
+    lines = data[:whole].split(b"\n")[:-1]
+    records: list[Record] = []
+    size = 0
+    for number, line in enumerate(lines, start=1):
+        try:
+            records.append(_parse(line, f"{name}, line {number}"))
+        except InputError:
+            if number < len(lines):
+                raise
+            break
+        size += len(line) + 1
+    return records, size
+
+
+class RecordWriter:
+    """Appends records to a partial file that becomes `path` when all are written; takes up where a kill left off.
+
+    Use as a context manager. On open the complete lines of an earlier partial file are read and a torn last line is
+    cut off. Leaving the context without `finish` keeps the partial file for the next time. An existing `path` stays as
+    it is until `finish` replaces it.
+
+    Attributes:
+        records: what is written so far, in order.
+        done: the keys of those records.
+    """
+
+    def __init__(self, path: Path, key: Callable[[Record], str]) -> None:
+        """Prepare; nothing is touched before the context is entered.
+
+        Args:
+            path: the finished file.
+            key: what identifies a record, such as its query's id.
+        """
+        self.path = Path(path)
+        self.key = key
+        self.records: list[Record] = []
+        self.done: set[str] = set()
+        self._file: IO[bytes] | None = None
+
+    def __enter__(self) -> "RecordWriter":
+        """Open the partial file and read what is in it.
+
+        Raises:
+            InputError: the partial file is damaged before its last line, or holds a key twice.
+        """
+        partial = partial_path(self.path)
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        data = partial.read_bytes() if partial.exists() else b""
+        self.records, size = parse_partial(data, str(partial))
+        self.done = set()
+        for number, record in enumerate(self.records, start=1):
+            try:
+                name = self.key(record)
+            except KeyError as error:
+                raise InputError(f"{partial}, line {number}: no field {error}; delete the file to start over") from error
+            if name in self.done:
+                raise InputError(f"{partial}, line {number}: key {name!r} stands twice; delete the file to start over")
+            self.done.add(name)
+        self._file = partial.open("ab")
+        self._file.truncate(size)
+        return self
+
+    def write(self, record: Record) -> None:
+        """Append one record; it survives a kill of the process from here on.
+
+        Raises:
+            InputError: the record can't be written as JSON.
+            ValueError: its key is written already.
+            RuntimeError: the writer isn't open.
+        """
+        file = self._opened()
+        name = self.key(record)
+        if name in self.done:
+            raise ValueError(f"{self.path}: a record with key {name!r} is written already")
+        file.write(dump_record(record))
+        file.flush()
+        self.records.append(record)
+        self.done.add(name)
+
+    def finish(self) -> None:
+        """Give the file its final name; nothing can be written after.
+
+        Raises:
+            RuntimeError: the writer isn't open.
+        """
+        file = self._opened()
+        file.flush()
+        os.fsync(file.fileno())
+        file.close()
+        self._file = None
+        os.replace(partial_path(self.path), self.path)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the file; without `finish` it stays partial."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _opened(self) -> IO[bytes]:
+        if self._file is None:
+            raise RuntimeError(f"{self.path}: the writer isn't open; use it as a context manager, and finish once")
+        return self._file
+
+
+def _not_json(constant: str) -> None:
+    raise ValueError(f"{constant} isn't JSON")
+
+
+def _parse(line: bytes, where: str) -> Record:
+    try:
+        record = json.loads(line.decode("utf-8"), parse_constant=_not_json)
+    except (UnicodeDecodeError, ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not JSON ({error}): {line[:80]!r}") from error
+    if not isinstance(record, dict):
+        raise InputError(f"{where}: expected a JSON object, found {type(record).__name__}: {line[:80]!r}")
+    return record

@@ -1,0 +1,155 @@
+"""Records survive kills, odd texts and foreign files."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from almost_jax.errors import InputError
+from almost_jax.io.records import RecordWriter, partial_path, read_records, write_records
+
+ODD = {
+    "id": "q\u2028\u2029\x85\r\n\t\"\\/\x00é漢🙂",
+    "": [],
+    "numbers": [0.1, 1e-300, 1 / 3, -0.0, 2**70, 1e22, True, None],
+    "nested": {"z": 1, "a": {"b": [[], {}]}},
+}
+
+
+def key(record):
+    return record["id"]
+
+
+def test_round_trip_is_exact_and_keeps_order(tmp_path: Path):
+    path = tmp_path / "deep" / "records.jsonl"
+    records = [ODD, {"id": "b", "x": 1}, {"x": 1, "id": "a"}]
+    write_records(path, records)
+    assert read_records(path) == records
+    assert [list(record) for record in read_records(path)] == [list(record) for record in records]
+    assert path.read_bytes().count(b"\n") == 3
+    assert "漢🙂".encode() in path.read_bytes()
+    first = path.read_bytes()
+    write_records(path, read_records(path))
+    assert path.read_bytes() == first
+    assert os.listdir(path.parent) == ["records.jsonl"]
+
+
+def test_foreign_files_are_read(tmp_path: Path):
+    path = tmp_path / "foreign.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"a": "\\u00e9\\ud83d\\ude42"}\r\n\r\n  {"b": 1e5}  \r\n{"c": 2}')
+    assert read_records(path) == [{"a": "é🙂"}, {"b": 1e5}, {"c": 2}]
+    path.write_bytes(b"")
+    assert read_records(path) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (b'{"a": 1', "not JSON"),
+        (b'{"a": NaN}', "NaN isn't JSON"),
+        (b"[1, 2]", "found list"),
+        (b'"text"', "found str"),
+        (b'{"a": "\xff"}', "not JSON"),
+        (b"{'a': 1}", "not JSON"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, line: bytes, said: str):
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(b'{"a": 1}\n\n' + line + b'\n{"a": 2}\n')
+    with pytest.raises(InputError, match=said) as caught:
+        read_records(path)
+    assert f"{path}, line 3" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path):
+    with pytest.raises(InputError, match=r"none\.jsonl"):
+        read_records(tmp_path / "none.jsonl")
+    with pytest.raises(InputError, match="Is a directory"):
+        read_records(tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), {1, 2}, b"x", "half \ud83d"])
+def test_what_json_cannot_hold_is_refused_and_leaves_the_old_file(tmp_path: Path, value):
+    path = tmp_path / "records.jsonl"
+    write_records(path, [{"id": "old"}])
+    with pytest.raises(InputError, match="can't be written as JSON"):
+        write_records(path, [{"id": "new"}, {"id": "b", "value": value}])
+    assert read_records(path) == [{"id": "old"}]
+
+
+def test_28_a_writer_killed_at_any_byte_resumes_to_the_same_bytes(tmp_path: Path):
+    records = [{"id": "a", "text": "x\u2028y"}, ODD, {"id": "漢", "score": 0.1}]
+    whole = tmp_path / "whole.jsonl"
+    write_records(whole, records)
+    data = whole.read_bytes()
+    path = tmp_path / "records.jsonl"
+    for cut in range(len(data) + 1):
+        partial_path(path).write_bytes(data[:cut])
+        with RecordWriter(path, key) as writer:
+            assert writer.records == records[: data[:cut].count(b"\n")]
+            assert writer.done == {record["id"] for record in writer.records}
+            for record in records:
+                if record["id"] not in writer.done:
+                    writer.write(record)
+            writer.finish()
+        assert path.read_bytes() == data
+        assert not partial_path(path).exists()
+        path.unlink()
+
+
+def test_28_what_was_written_survives_a_killed_process(tmp_path: Path):
+    path = tmp_path / "records.jsonl"
+    code = (
+        "import os, sys\nfrom almost_jax.io.records import RecordWriter\n"
+        "with RecordWriter(sys.argv[1], lambda r: r['id']) as writer:\n"
+        "    writer.write({'id': 'a'})\n    writer.write({'id': 'b'})\n    os.kill(os.getpid(), 9)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(path)], check=False).returncode == -9
+    assert not path.exists()
+    with RecordWriter(path, key) as writer:
+        assert writer.records == [{"id": "a"}, {"id": "b"}]
+
+
+def test_a_last_line_of_zeros_is_torn_and_a_middle_one_is_damage(tmp_path: Path):
+    path = tmp_path / "records.jsonl"
+    partial_path(path).write_bytes(b'{"id": "a"}\n\x00\x00\x00\n')
+    with RecordWriter(path, key) as writer:
+        assert writer.done == {"a"}
+        writer.write({"id": "b"})
+    assert partial_path(path).read_bytes() == b'{"id": "a"}\n{"id": "b"}\n'
+    partial_path(path).write_bytes(b'{"id": "a"}\n\x00\n{"id": "b"}\n')
+    with pytest.raises(InputError, match="line 2"), RecordWriter(path, key):
+        pass
+
+
+def test_a_partial_file_of_another_kind_is_refused(tmp_path: Path):
+    path = tmp_path / "records.jsonl"
+    partial_path(path).write_bytes(b'{"id": "a"}\n{"id": "a"}\n')
+    with pytest.raises(InputError, match="stands twice"), RecordWriter(path, key):
+        pass
+    partial_path(path).write_bytes(b'{"name": "a"}\n')
+    with pytest.raises(InputError, match="no field 'id'"), RecordWriter(path, key):
+        pass
+
+
+def test_the_old_file_stays_until_finish_and_misuse_is_an_error(tmp_path: Path):
+    path = tmp_path / "records.jsonl"
+    write_records(path, [{"id": "old"}])
+    writer = RecordWriter(path, key)
+    with pytest.raises(RuntimeError, match="isn't open"):
+        writer.write({"id": "a"})
+    with writer:
+        writer.write({"id": "a"})
+        assert read_records(path) == [{"id": "old"}]
+        with pytest.raises(ValueError, match="written already"):
+            writer.write({"id": "a"})
+        with pytest.raises(InputError):
+            writer.write({"id": "b", "x": float("nan")})
+        writer.finish()
+        with pytest.raises(RuntimeError, match="isn't open"):
+            writer.finish()
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [{"id": "a"}]
