@@ -1,6 +1,6 @@
-"""Dialogues as plain text: the one format that prompts, fine-tuning and reward models share.
+r"""Dialogues as plain text: the one format that prompts, fine-tuning and reward models share.
 
-A dialogue is `"Human: {q}\\n\\nAssistant: {r}\\n\\nHuman: ..."`. A few-shot prompt is demonstrations in that format,
+A dialogue is `"Human: {q}\n\nAssistant: {r}\n\nHuman: ..."`. A few-shot prompt is demonstrations in that format,
 each turn ended by a blank line, so that a vanilla model takes the query for the next dialogue of the transcript.
 """
 

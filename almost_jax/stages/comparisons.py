@@ -1,0 +1,295 @@
+"""Synthetic comparisons: one response per configuration, ranked by the rule of thumb, binarised and filtered.
+
+Two stages: `run_responses` samples (responses.jsonl), `run_stage` pairs and filters (comparisons.jsonl), so that other
+filters or pairs cost no new sampling. Source: ALMoST (arXiv 2305.13735), section 2.1 and 2.2.
+"""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+
+from almost_jax.config import ComparisonsConfig, PromptedModel
+from almost_jax.errors import InputError
+from almost_jax.io.models import load_model
+from almost_jax.io.records import RecordWriter, read_records
+from almost_jax.io.run import Run
+from almost_jax.stages.filters import count_verdicts, filter_pair
+from almost_jax.stages.prompting import DialogueRequest, Reply, respond
+from almost_jax.stages.reward import RewardScorer
+from almost_jax.stages.templates import Turn, demonstrations_text
+
+Rule: TypeAlias = Literal["size", "demonstrations", "shots"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranking:
+    """Two configurations of which the rule of thumb prefers one, and the part of the rule that decides."""
+
+    better: str
+    worse: str
+    rule: Rule
+
+
+def rule_of_thumb(name: str, other: str, config: ComparisonsConfig) -> Ranking:
+    """Rank two configurations: larger model, then better demonstrations, then more shots (the first that differs).
+
+    Raises:
+        InputError: a model or demonstrations are in neither order, or the configurations differ in nothing.
+    """
+    first, second = config.configurations[name], config.configurations[other]
+    merits: tuple[tuple[Rule, int, int], ...] = (
+        ("size", _place(name, "model", config), _place(other, "model", config)),
+        ("demonstrations", _place(name, "demonstrations", config), _place(other, "demonstrations", config)),
+        ("shots", -first.shots, -second.shots),
+    )
+    for rule, ours, theirs in merits:
+        if ours != theirs:
+            return Ranking(name, other, rule) if ours < theirs else Ranking(other, name, rule)
+    raise InputError(f"comparisons.configurations: {name} and {other} are the same; one of them must go or change")
+
+
+def rankings(config: ComparisonsConfig) -> list[Ranking]:
+    """The pairs of configurations to compare: neighbours or all, best first.
+
+    Raises:
+        InputError: the order of the configurations contradicts the rule of thumb.
+    """
+    names = list(config.configurations)
+    if len(names) < 2:
+        raise InputError(f"comparisons.configurations: {len(names)} given; at least two are needed to compare")
+    found = []
+    for index, name in enumerate(names):
+        for other in names[index + 1 :]:
+            ranking = rule_of_thumb(name, other, config)
+            if ranking.better != name:
+                raise InputError(
+                    f"comparisons.configurations: {other} comes after {name}, but is better by {ranking.rule}; "
+                    f"list the configurations best first"
+                )
+            if config.pairs == "all" or other == names[index + 1]:
+                found.append(ranking)
+    return found
+
+
+def make_pairs(
+    query_id: str,
+    texts: Mapping[str, str],
+    scores: Mapping[str, float],
+    ranked: Sequence[Ranking],
+) -> list[dict[str, Any]]:
+    """Binarise one query's responses.
+
+    Args:
+        query_id: the query's id.
+        texts: the response of every configuration.
+        scores: the as-is reward model's score of every text that it scored.
+        ranked: the pairs of configurations to make.
+
+    Returns:
+        Records {query_id, chosen {configuration, text}, rejected {...}, rule, as_is_margin}; the margin is the score of
+        the chosen text minus that of the rejected one, None unless both were scored.
+    """
+    pairs = []
+    for ranking in ranked:
+        chosen, rejected = texts[ranking.better], texts[ranking.worse]
+        scored = chosen in scores and rejected in scores
+        pairs.append(
+            {
+                "query_id": query_id,
+                "chosen": {"configuration": ranking.better, "text": chosen},
+                "rejected": {"configuration": ranking.worse, "text": rejected},
+                "rule": ranking.rule,
+                "as_is_margin": scores[chosen] - scores[rejected] if scored else None,
+            }
+        )
+    return pairs
+
+
+def run_responses(run: Run) -> dict[str, Any]:
+    """Sample one response per configuration and query: queries.jsonl -> responses.jsonl.
+
+    Models are loaded one after another. A killed run goes on from the batch in which it was killed, which is sampled
+    again as a whole, so that the file comes out the same to the byte.
+
+    Raises:
+        InputError: the configurations contradict the rule of thumb, or the unfinished file is another run's.
+    """
+    rankings(run.config.comparisons)
+    queries = read_records(run.path("queries.jsonl"))
+    plan = _by_model(run.config.comparisons.configurations)
+    expected = [response_key({"configuration": name, "query_id": query["id"]}) for name in plan for query in queries]
+    path = run.path("responses.jsonl")
+    with RecordWriter(path, key=response_key) as writer:
+        _check_resumed([response_key(record) for record in writer.records], expected, f"{path}.partial")
+        done = len(writer.records)
+        with run.progress("responses", len(expected), done) as progress:
+            for place, name in enumerate(plan):
+                already = min(max(done - place * len(queries), 0), len(queries))
+                for record in _respond(run, name, queries, already):
+                    writer.write(record)
+                    progress.advance()
+        writer.finish()
+    return _responses_summary(read_records(path), list(run.config.comparisons.configurations))
+
+
+def run_stage(run: Run) -> dict[str, Any]:
+    """Pair and filter: queries.jsonl and responses.jsonl -> comparisons.jsonl.
+
+    The as-is reward model scores every response that is not empty, also of pairs that an earlier filter drops, so that
+    the filters can be audited. Dropped pairs stay in the file.
+
+    Raises:
+        InputError: responses are missing, or the unfinished file is another run's.
+    """
+    ranked = rankings(run.config.comparisons)
+    queries = read_records(run.path("queries.jsonl"))
+    texts = _texts_by_query(read_records(run.path("responses.jsonl")), list(run.config.comparisons.configurations))
+    for query in queries:
+        if query["id"] not in texts:
+            raise InputError(f"{run.path('responses.jsonl')}: lacks responses to query {query['id']}; sample them anew")
+    chunk = run.config.as_is_reward.training.batch_size
+    scorer = None
+    if run.config.filters.as_is:
+        model = load_model(str(run.path("as_is_reward", "model")), run.mesh, run.config.compute_dtype)
+        scorer = RewardScorer(model, chunk)
+    path = run.path("comparisons.jsonl")
+    expected = [f"{query['id']}/{ranking.better}/{ranking.worse}" for query in queries for ranking in ranked]
+    with RecordWriter(path, key=comparison_key) as writer:
+        _check_resumed([comparison_key(record) for record in writer.records], expected, f"{path}.partial")
+        done = len(writer.records)
+        with run.progress("comparisons", len(expected), done) as progress:
+            # Whole chunks are scored again after a kill: what is scored together stays together.
+            first = done // (chunk * len(ranked)) * chunk
+            skip = done - first * len(ranked)
+            for start in range(first, len(queries), chunk):
+                for record in _compare(run, queries[start : start + chunk], texts, ranked, scorer)[skip:]:
+                    writer.write(record)
+                    progress.advance()
+                skip = 0
+        writer.finish()
+    return _comparisons_summary(read_records(path))
+
+
+def response_key(record: Mapping[str, Any]) -> str:
+    """What makes a response record unique."""
+    return f"{record['configuration']}/{record['query_id']}"
+
+
+def comparison_key(record: Mapping[str, Any]) -> str:
+    """What makes a comparison record unique."""
+    return f"{record['query_id']}/{record['chosen']['configuration']}/{record['rejected']['configuration']}"
+
+
+def _place(name: str, field: Literal["model", "demonstrations"], config: ComparisonsConfig) -> int:
+    """Where a configuration's model or demonstrations stand in their order, 0 being the best."""
+    order = config.model_order if field == "model" else config.demonstrations_order
+    value: str = getattr(config.configurations[name], field)
+    if value not in order:
+        raise InputError(
+            f"comparisons.{field}_order: {list(order)} lacks {value!r}, which configuration {name} uses; add it"
+        )
+    return order.index(value)
+
+
+def _by_model(configurations: Mapping[str, PromptedModel]) -> list[str]:
+    """The configurations with those of one model next to each other, in the order of their first appearance."""
+    models = list(dict.fromkeys(prompted.model for prompted in configurations.values()))
+    return sorted(configurations, key=lambda name: models.index(configurations[name].model))
+
+
+def _check_resumed(done: Sequence[str], expected: Sequence[str], path: str) -> None:
+    """Refuse to go on from a file that holds anything but the beginning of what would be written."""
+    if list(done) != list(expected[: len(done)]):
+        raise InputError(f"{path}: was begun with other queries or configurations; delete it to start anew")
+
+
+def _respond(run: Run, name: str, queries: Sequence[Mapping[str, Any]], already: int) -> Iterator[dict[str, Any]]:
+    """The response records of one configuration after the first `already`."""
+    if already == len(queries):
+        return
+    prompted = run.config.comparisons.configurations[name]
+    sampling = run.config.comparisons.sampling
+    seed = run.seed(f"responses/{name}")
+    start = already // sampling.batch_size * sampling.batch_size
+    requests = [DialogueRequest(query["id"], [{"role": "human", "text": query["text"]}]) for query in queries[start:]]
+    replies: Iterator[Reply] = respond(
+        run.model(prompted.model),
+        demonstrations_text(prompted),
+        requests,
+        next_role="assistant",
+        sampling=sampling,
+        seed=seed,
+    )
+    for index, reply in enumerate(replies, start=start):
+        if index >= already:
+            yield {
+                "query_id": reply.id,
+                "configuration": name,
+                "model": prompted.model,
+                "demonstrations": prompted.demonstrations,
+                "shots": prompted.shots,
+                "text": reply.text,
+                "tokens": reply.tokens,
+                "seed": seed,
+                "finish": reply.finish,
+            }
+
+
+def _texts_by_query(responses: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Query id -> configuration -> text, for queries that every configuration answered."""
+    texts: dict[str, dict[str, str]] = {}
+    for record in responses:
+        texts.setdefault(record["query_id"], {})[record["configuration"]] = record["text"]
+    return {query: {name: own[name] for name in names} for query, own in texts.items() if all(n in own for n in names)}
+
+
+def _compare(
+    run: Run,
+    queries: Sequence[Mapping[str, Any]],
+    texts: Mapping[str, Mapping[str, str]],
+    ranked: Sequence[Ranking],
+    scorer: RewardScorer | None,
+) -> list[dict[str, Any]]:
+    """The filtered pairs of some queries."""
+    scores: dict[str, dict[str, float]] = {query["id"]: {} for query in queries}
+    if scorer is not None:
+        asked = [(query, text) for query in queries for text in dict.fromkeys(texts[query["id"]].values()) if text]
+        dialogues: list[list[Turn]] = [
+            [{"role": "human", "text": query["text"]}, {"role": "assistant", "text": text}] for query, text in asked
+        ]
+        values = scorer.score(dialogues) if dialogues else np.zeros((0,), np.float32)
+        for (query, text), value in zip(asked, values, strict=True):
+            scores[query["id"]][text] = float(value)
+    records = []
+    for query in queries:
+        own = texts[query["id"]]
+        pairs = make_pairs(query["id"], own, scores[query["id"]], ranked)
+        records += [filter_pair(pair, list(own.values()), run.config.filters) for pair in pairs]
+    return records
+
+
+def _responses_summary(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Any]:
+    """Per configuration: mean length, and how many responses are empty or ran out of tokens."""
+    summary: dict[str, Any] = {"responses": len(records)}
+    for name in names:
+        own = [record for record in records if record["configuration"] == name]
+        summary[name] = {
+            "mean_tokens": float(np.mean([record["tokens"] for record in own])) if own else None,
+            "mean_characters": float(np.mean([len(record["text"]) for record in own])) if own else None,
+            "empty": sum(not record["text"] for record in own),
+            "unfinished": sum(record["finish"] == "length" for record in own),
+        }
+    return summary
+
+
+def _comparisons_summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What each filter dropped, how often the as-is model agrees, and which rules the kept pairs come from."""
+    margins = [record["as_is_margin"] for record in records if record["as_is_margin"] is not None]
+    return {
+        **count_verdicts(records),
+        "as_is_agreement": float(np.mean([margin > 0 for margin in margins])) if margins else None,
+        "kept_by_rule": dict(sorted(Counter(record["rule"] for record in records if record["kept"]).items())),
+    }
