@@ -1,0 +1,174 @@
+"""What a stage is given: the run's folder, its config, the mesh, models by name, seeds, progress and metrics."""
+
+import dataclasses
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+from jax.sharding import Mesh
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from almost_jax.config import ExperimentConfig
+from almost_jax.errors import InputError
+from almost_jax.io.metrics import MetricsLogger
+
+if TYPE_CHECKING:
+    from almost_jax.io.models import Model
+
+# (description, done, total): called as a stage advances, for status.json.
+ProgressHook = Callable[[str, int, int], None]
+
+# A log file gets a line this often; a terminal has a live bar instead.
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class ProgressReport:
+    """Counts what a stage has done and shows it with rate, time left and the newest figures.
+
+    Use through `Run.progress`.
+    """
+
+    def __init__(
+        self, console: Console, description: str, total: int, done: int, bar: Progress | None, hook: ProgressHook | None
+    ) -> None:
+        self._console = console
+        self._description = description
+        self._total = total
+        self._done = done
+        self._resumed_at = done
+        self._started = self._last_line = time.monotonic()
+        self._figures = ""
+        self._hook = hook
+        self._bar = bar
+        self._task = None if bar is None else bar.add_task(description, total=total, completed=done, rate="", figures="")
+        if bar is None:
+            console.print(self._line(), markup=False, highlight=False, emoji=False, soft_wrap=True)
+
+    def advance(self, n: int = 1, **figures: float) -> None:
+        """Count `n` more as done; `figures` are shown beside the bar until the next ones come."""
+        self._done += n
+        if figures:
+            self._figures = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+        if self._hook is not None:
+            self._hook(self._description, self._done, self._total)
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=self._done, rate=self._rate(), figures=self._figures)
+        elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
+            self._last_line = time.monotonic()
+            self._console.print(self._line(), markup=False, highlight=False, emoji=False, soft_wrap=True)
+
+    def finish(self) -> None:
+        """Show the last state; what a stage skipped at the end stays visible as a bar that is not full."""
+        if self._bar is None and self._done > self._resumed_at:
+            self._console.print(self._line(), markup=False, highlight=False, emoji=False, soft_wrap=True)
+
+    def _per_second(self) -> float:
+        elapsed = time.monotonic() - self._started
+        return (self._done - self._resumed_at) / elapsed if elapsed > 0 else 0.0
+
+    def _rate(self) -> str:
+        rate = self._per_second()
+        return f"{rate:.1f}/s" if rate >= 1 or rate == 0 else f"{1 / rate:.1f} s each"
+
+    def _line(self) -> str:
+        parts = [f"{self._description}: {self._done}/{self._total}"]
+        if self._done > self._resumed_at:
+            left = max(self._total - self._done, 0) / max(self._per_second(), 1e-9)
+            parts += [self._rate(), f"{_duration(left)} left" if left else f"in {_duration(time.monotonic() - self._started)}"]
+        return "  ".join([*parts, self._figures]).rstrip()
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One run directory and what its stages share.
+
+    Attributes:
+        directory: the run's folder; stages write nowhere else.
+        config: the resolved experiment.
+        mesh: all devices, arranged as the config says.
+        tensorboard: whether metrics also go to `directory/tensorboard`.
+        console: where lines and bars go.
+        on_progress: called as a stage advances.
+    """
+
+    directory: Path
+    config: ExperimentConfig
+    mesh: Mesh
+    tensorboard: bool
+    console: Console
+    on_progress: ProgressHook | None = None
+    _loaded: dict[str, "Model"] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def path(self, *parts: str) -> Path:
+        """A path inside the run's folder."""
+        return self.directory.joinpath(*parts)
+
+    def seed(self, name: str) -> int:
+        """A seed in [0, 2**31) of its own for `name`, from the experiment's seed."""
+        digest = hashlib.sha256(f"{self.config.seed}/{name}".encode()).digest()
+        return int.from_bytes(digest[:4], "big") >> 1
+
+    def model(self, name: str) -> "Model":
+        """The model that the config calls `name`, in the config's compute dtype.
+
+        The one loaded last is kept, and given again unless its arrays were donated to a training step meanwhile.
+
+        Raises:
+            InputError: the config has no model of that name, or its source can't be loaded.
+        """
+        if name not in self.config.models:
+            raise InputError(f"models: there is no model {name!r}; the experiment has {', '.join(self.config.models)}")
+        kept = self._loaded.get(name)
+        if kept is not None and not any(leaf.is_deleted() for leaf in jax.tree.leaves(kept.params)):
+            return kept
+        # Two large models need not fit: let the last one go before the next one comes.
+        self._loaded.clear()
+        del kept
+        from almost_jax.io.models import load_model
+
+        self._loaded[name] = load_model(self.config.models[name], self.mesh, self.config.compute_dtype)
+        return self._loaded[name]
+
+    @contextmanager
+    def progress(self, description: str, total: int, done: int = 0) -> Iterator[ProgressReport]:
+        """Show `done` of `total` growing: a live bar on a terminal, else a line every ten seconds.
+
+        Yields:
+            An object whose `.advance(n=1, **figures)` counts n more and shows the figures.
+        """
+        if not self.console.is_terminal:
+            report = ProgressReport(self.console, description, total, done, None, self.on_progress)
+            yield report
+            report.finish()
+            return
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}", markup=False),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}", markup=False),
+        )
+        with Progress(*columns, console=self.console) as bar:
+            yield ProgressReport(self.console, description, total, done, bar, self.on_progress)
+
+    def metrics(self, stage: str, resume_step: int) -> MetricsLogger:
+        """The logger of `stage/metrics.jsonl`, cut back to `resume_step`; TensorBoard too when asked for."""
+        tensorboard = self.path("tensorboard", stage) if self.tensorboard else None
+        return MetricsLogger(self.path(stage, "metrics.jsonl"), resume_step, tensorboard)
+
+    def say(self, line: Any) -> None:
+        """Print one line as it is (no markup, no wrapping)."""
+        self.console.print(str(line), markup=False, highlight=False, emoji=False, soft_wrap=True)
