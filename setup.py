@@ -19,6 +19,7 @@ REQUIRED = [
     "transformers>=5.23.0",
     "datasets>=5.2.0",
     "numpy>=2.4.6",
+    "scipy>=1.17.1",
     "safetensors>=0.8.0",
     "pydantic>=2.14.3",
     "omegaconf>=2.4.0",

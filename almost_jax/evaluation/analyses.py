@@ -1,0 +1,346 @@
+"""What the scored responses say about each step of the method. Records in, figures out: no models, no files.
+
+An item is one scored response of a held-out query:
+{"query_id", "query", "system", "sample", "text", "finish", "gold", "reward", "as_is", "kl"}; a score that wasn't taken
+is None. Systems are named `configuration/A`, `best_of_n`, `policy/sft`, `curve/20` (the RLSF policy after 20 steps).
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from almost_jax.evaluation.statistics import (
+    Bootstrap,
+    Clusters,
+    agreement,
+    clusters,
+    correlation,
+    difference,
+    interval,
+    quantile_bins,
+)
+
+Item = dict[str, Any]
+Scores = dict[str, list[float]]
+
+POLICIES = ("prompted", "sft_self_play", "sft", "rlsf")
+FILTERS = ("raw", "heuristic", "as_is")
+HEURISTIC = ("keyword", "length")
+LENGTH_TOLERANCE = 0.1  # two responses are length-matched when they differ by at most this share of the longer
+LENGTH_BINS = 10
+
+DEFINITIONS = {
+    "ci95": "95% percentile bootstrap over queries; differences resample the queries of both sides together",
+    "significant": "the interval of the difference leaves out 0",
+    "pairs": "share of the kept pairs of comparisons.jsonl whose chosen response has the higher gold score; "
+    "a tie counts half",
+    "reward_model": "share of pairs of responses of the configurations to one held-out query, of different gold score, "
+    "in which the scorer prefers the one with the higher gold score; a tie of the scorer counts half",
+    "length_matched_accuracy": "the same over pairs whose lengths in characters differ by at most 10% of the longer",
+    "length_balanced_accuracy": "mean of two accuracies: over pairs whose better response is the longer one, and over "
+    "pairs whose better response is the shorter one; preferring the longer gives exactly 0.5",
+    "best_of_n": "mean gold score of the first sample, of the reward model's choice among the samples, and of the best "
+    "sample",
+    "kl": "mean over responses of log policy - log SFT policy, summed over the response's tokens (nats)",
+}
+
+
+def collect(items: Iterable[Item], field: str) -> Scores:
+    """The values of one field by query id, in the order of the items."""
+    scores: Scores = {}
+    for item in items:
+        scores.setdefault(item["query_id"], []).append(item[field])
+    return scores
+
+
+def of_system(items: Iterable[Item], system: str) -> list[Item]:
+    """The items of one system."""
+    return [item for item in items if item["system"] == system]
+
+
+def compare(
+    items: Sequence[Item], systems: Mapping[str, str], queries: Sequence[str], bootstrap: Bootstrap
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Mean gold score of each system, and the gain of each over the one before it.
+
+    Args:
+        items: scored responses.
+        systems: shown name -> name of the system in the items, worst first; those without items are left out.
+        queries: ids of the held-out queries.
+        bootstrap: how intervals are drawn.
+
+    Returns:
+        {name: {"mean", "ci95", "n"}} and {"better - worse": {"difference", "ci95", "significant", "n"}}.
+    """
+    sums = {name: clusters(collect(of_system(items, system), "gold"), queries) for name, system in systems.items()}
+    sums = {name: quantity for name, quantity in sums.items() if quantity.n}
+    return {name: interval(quantity, bootstrap) for name, quantity in sums.items()}, _gains(sums, bootstrap)
+
+
+def pair_quality(
+    comparisons: Sequence[Mapping[str, Any]], score: Callable[[str, str], float], bootstrap: Bootstrap
+) -> dict[str, Any]:
+    """How often the chosen response really is better: all pairs, after the heuristic filter, after the as-is filter.
+
+    Args:
+        comparisons: records of comparisons.jsonl.
+        score: (query id, response text) -> gold score.
+        bootstrap: how intervals are drawn.
+
+    Returns:
+        "pairs": {filter: {"kept", "accuracy", "ties"}} (a tie of gold counts half; accuracy is None when no pair is
+        kept), "pair_gains" of each filter over the one before, and "pair_details": the interval, and the accuracy with
+        length balanced out.
+    """
+    rows = []
+    for record in comparisons:
+        chosen, rejected, dropped = record["chosen"], record["rejected"], record["dropped_by"]
+        margin = score(record["query_id"], chosen["text"]) - score(record["query_id"], rejected["text"])
+        longer = len(chosen["text"]) - len(rejected["text"])
+        rows.append((record["query_id"], dropped, margin, longer))
+    queries = sorted({row[0] for row in rows})
+    pairs: dict[str, Any] = {}
+    details: dict[str, Any] = {}
+    sums: dict[str, Clusters] = {}
+    for name, dropping in zip(FILTERS, ((), HEURISTIC, (*HEURISTIC, "as_is_reward")), strict=True):
+        kept = [row for row in rows if row[1] not in dropping]
+        scores: Scores = {}
+        for query, _, margin, _ in kept:
+            scores.setdefault(query, []).append(agreement(margin, 1.0))
+        sums[name] = clusters(scores, queries)
+        pairs[name] = {
+            "kept": len(kept),
+            "accuracy": sums[name].mean if kept else None,
+            "ties": sum(row[2] == 0 for row in kept),
+        }
+        details[name] = {
+            "accuracy": interval(sums[name], bootstrap) if kept else None,
+            "chosen_is_longer": float(np.mean([agreement(row[3], 1.0) for row in kept])) if kept else None,
+            "length_balanced_accuracy": length_balanced(
+                [(row[3] * np.sign(row[2]), agreement(row[2], 1.0)) for row in kept if row[2] != 0]
+            ),
+        }
+    return {"pairs": pairs, "pair_gains": _gains(sums, bootstrap), "pair_details": details}
+
+
+def length_balanced(pairs: Iterable[tuple[float, float]]) -> float | None:
+    """Accuracy with length balanced out: preferring the longer response gives exactly 0.5.
+
+    Args:
+        pairs: (characters of the really better response less those of the worse, 1 / 0.5 / 0 for a right / undecided /
+            wrong preference); pairs of equal length are left out.
+
+    Returns:
+        The mean of the two accuracies, None when one group is empty.
+    """
+    pairs = list(pairs)
+    favoured = [right for longer, right in pairs if longer > 0]
+    disfavoured = [right for longer, right in pairs if longer < 0]
+    return float((np.mean(favoured) + np.mean(disfavoured)) / 2) if favoured and disfavoured else None
+
+
+def reward_accuracy(items: Sequence[Item], queries: Sequence[str], bootstrap: Bootstrap) -> dict[str, Any]:
+    """How often the reward model, its rivals and itself on length-matched pairs prefer the really better response.
+
+    Args:
+        items: responses of the configurations to held-out queries; each two of one query with different gold scores
+            make a pair.
+        queries: ids of the held-out queries.
+        bootstrap: how intervals are drawn.
+
+    Returns:
+        "reward_model": {"accuracy", "length_matched_accuracy", "longer_wins_accuracy", "as_is_accuracy"} (None where
+        there is nothing to count), "reward_model_details" with an interval each and the length-balanced accuracy, and
+        "reward_model_gains" over each rival. See DEFINITIONS.
+    """
+    names = ("accuracy", "length_matched_accuracy", "longer_wins_accuracy", "as_is_accuracy")
+    scores: dict[str, Scores] = {name: {} for name in names}
+    by_length = []
+    for query, group in _by_query(items).items():
+        for i, first in enumerate(group):
+            for second in group[i + 1 :]:
+                truth = first["gold"] - second["gold"]
+                if truth == 0:
+                    continue
+                lengths = len(first["text"]), len(second["text"])
+                right = agreement(first["reward"] - second["reward"], truth)
+                scores["accuracy"].setdefault(query, []).append(right)
+                by_length.append(((lengths[0] - lengths[1]) * np.sign(truth), right))
+                if abs(lengths[0] - lengths[1]) <= LENGTH_TOLERANCE * max(lengths):
+                    scores["length_matched_accuracy"].setdefault(query, []).append(right)
+                scores["longer_wins_accuracy"].setdefault(query, []).append(agreement(lengths[0] - lengths[1], truth))
+                if first["as_is"] is not None:
+                    as_is = agreement(first["as_is"] - second["as_is"], truth)
+                    scores["as_is_accuracy"].setdefault(query, []).append(as_is)
+    sums = {name: clusters(scores[name], queries) for name in names}
+    gains = {
+        f"accuracy - {rival}": difference(sums["accuracy"], sums[rival], bootstrap)
+        for rival in ("longer_wins_accuracy", "as_is_accuracy")
+        if sums[rival].n
+    }
+    details: dict[str, Any] = {name: interval(sums[name], bootstrap) if sums[name].n else None for name in names}
+    return {
+        "reward_model": {name: sums[name].mean if sums[name].n else None for name in names},
+        "reward_model_gains": gains,
+        "reward_model_details": {**details, "length_balanced_accuracy": length_balanced(by_length)},
+    }
+
+
+def best_of_n(items: Sequence[Item], n: int, queries: Sequence[str], bootstrap: Bootstrap) -> dict[str, Any]:
+    """What choosing among n samples is worth: the first one, the reward model's choice, the best there is.
+
+    Ties of the reward model go to the earlier sample.
+
+    Returns:
+        "best_of_n": {"1", str(n), f"oracle_{n}"} means, "best_of_n_details" with intervals, "best_of_n_gains".
+    """
+    chosen: dict[str, Scores] = {name: {} for name in dict.fromkeys(("1", str(n), f"oracle_{n}"))}
+    for query, group in _by_query(items).items():
+        group = sorted(group, key=lambda item: item["sample"])
+        choice = max(range(len(group)), key=lambda index: (group[index]["reward"], -index))
+        chosen[str(n)][query] = [group[choice]["gold"]]
+        chosen["1"][query] = [group[0]["gold"]]
+        chosen[f"oracle_{n}"][query] = [max(item["gold"] for item in group)]
+    sums = {name: clusters(scores, queries) for name, scores in chosen.items()}
+    details = {name: interval(quantity, bootstrap) for name, quantity in sums.items()}
+    return {
+        "best_of_n": {name: figure["mean"] for name, figure in details.items()},
+        "best_of_n_gains": _gains(sums, bootstrap),
+        "best_of_n_details": details,
+    }
+
+
+def demonstration_quality(
+    sources: Mapping[str, Sequence[Mapping[str, Any]]],
+    score: Callable[[str, str], float],
+    in_world: Callable[[str], bool],
+    bootstrap: Bootstrap,
+) -> dict[str, Any]:
+    """Mean gold score of the assistant's turns of each set of demonstrations, plain self-play first.
+
+    Args:
+        sources: name -> records of a demonstrations file, worse first.
+        score: (what the human said, response text) -> gold score.
+        in_world: whether the gold score can judge answers to a human turn; a simulated user may ask for nothing that
+            the world knows, and such turns are counted in "unscored" and left out.
+        bootstrap: how intervals are drawn.
+
+    Returns:
+        "demonstrations": {name: {"mean", "ci95", "n", "unscored", "characters"}} and "demonstration_gains".
+    """
+    scores: dict[str, Scores] = {name: {} for name in sources}
+    unscored = dict.fromkeys(sources, 0)
+    characters: dict[str, list[int]] = {name: [] for name in sources}
+    for name, records in sources.items():
+        for record in records:
+            asked = ""
+            for turn in record["turns"]:
+                if turn["role"] == "human":
+                    asked = turn["text"]
+                elif in_world(asked):
+                    scores[name].setdefault(record["query_id"], []).append(score(asked, turn["text"]))
+                    characters[name].append(len(turn["text"]))
+                else:
+                    unscored[name] += 1
+    queries = sorted({query for by_query in scores.values() for query in by_query})
+    sums = {name: clusters(by_query, queries) for name, by_query in scores.items() if by_query}
+    return {
+        "demonstrations": {
+            name: {
+                **interval(quantity, bootstrap),
+                "unscored": unscored[name],
+                "characters": float(np.mean(characters[name])),
+            }
+            for name, quantity in sums.items()
+        },
+        "demonstration_gains": _gains(sums, bootstrap),
+    }
+
+
+def over_optimisation(items: Sequence[Item], queries: Sequence[str], bootstrap: Bootstrap) -> list[dict[str, Any]]:
+    """KL from the SFT policy, reward and gold score of every kept RLSF policy, by step.
+
+    Args:
+        items: items of the systems `curve/STEP`.
+        queries: ids of the queries of the curve.
+        bootstrap: how intervals are drawn.
+
+    Returns:
+        [{"step", "kl", "reward", "gold", "kl_ci95", "reward_ci95", "gold_ci95", "characters", "n"}].
+    """
+    steps = sorted({int(item["system"].removeprefix("curve/")) for item in items})
+    curve = []
+    for step in steps:
+        group = of_system(items, f"curve/{step}")
+        figures = {
+            field: interval(clusters(collect(group, field), queries), bootstrap) for field in ("kl", "reward", "gold")
+        }
+        curve.append(
+            {"step": step}
+            | {field: figure["mean"] for field, figure in figures.items()}
+            | {f"{field}_ci95": figure["ci95"] for field, figure in figures.items()}
+            | {"characters": float(np.mean([len(item["text"]) for item in group])), "n": len(group)}
+        )
+    return curve
+
+
+def by_kind(items: Sequence[Item], kinds: Mapping[str, str]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Mean gold score by system and kind of query: {system: {kind: {"mean", "n"}}}; `kinds` maps query ids to kinds."""
+    scores: dict[str, Scores] = {}
+    for item in items:
+        scores.setdefault(item["system"], {}).setdefault(kinds[item["query_id"]], []).append(item["gold"])
+    return {
+        system: {kind: {"mean": float(np.mean(group[kind])), "n": len(group[kind])} for kind in sorted(group)}
+        for system, group in scores.items()
+    }
+
+
+def by_length(items: Sequence[Item]) -> dict[str, Any]:
+    """Scores against length in characters, over bins of nearly equal size, and the correlations with length.
+
+    Returns:
+        {"bins": [{"characters", "shortest", "longest", "n", "gold", "reward", "as_is"}], "correlation": {score: r}};
+        scores that weren't taken are left out.
+    """
+    fields = [field for field in ("gold", "reward", "as_is") if items and items[0][field] is not None]
+    lengths = [len(item["text"]) for item in items]
+    bins = []
+    for group in quantile_bins(lengths, LENGTH_BINS):
+        inside = [lengths[index] for index in group]
+        bins.append(
+            {"characters": float(np.mean(inside)), "shortest": min(inside), "longest": max(inside), "n": len(inside)}
+            | {field: float(np.mean([items[index][field] for index in group])) for field in fields}
+        )
+    return {
+        "bins": bins,
+        "correlation": {field: correlation(lengths, [item[field] for item in items]) for field in fields},
+    }
+
+
+def response_lengths(items: Sequence[Item]) -> dict[str, dict[str, float]]:
+    """Mean length in characters, and the share cut off by the token budget, by system."""
+    systems = dict.fromkeys(item["system"] for item in items)
+    return {
+        system: {
+            "characters": float(np.mean([len(item["text"]) for item in group])),
+            "unfinished": float(np.mean([item["finish"] == "length" for item in group])),
+        }
+        for system, group in ((system, of_system(items, system)) for system in systems)
+    }
+
+
+def _by_query(items: Iterable[Item]) -> dict[str, list[Item]]:
+    groups: dict[str, list[Item]] = {}
+    for item in items:
+        groups.setdefault(item["query_id"], []).append(item)
+    return groups
+
+
+def _gains(sums: Mapping[str, Clusters], bootstrap: Bootstrap) -> dict[str, Any]:
+    """The difference of each quantity to the one before it, where both counted something."""
+    names = [name for name, quantity in sums.items() if quantity.n]
+    return {
+        f"{better} - {worse}": difference(sums[better], sums[worse], bootstrap)
+        for worse, better in zip(names, names[1:], strict=False)
+    }
