@@ -1,0 +1,118 @@
+"""How the next token is drawn: temperature, then top-k, then top-p, and one key per row."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+# The bits of a float32 in [0, 1], read as an integer, lie below 2 ** 30.
+_UNIT_BITS = 30
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingRules:
+    """How completions are drawn; hashable, so that it can be a static argument.
+
+    `temperature: 0` is greedy, `top_p: 1` and `top_k: 0` are off. Any of `stop_tokens` ends a completion.
+    """
+
+    temperature: float
+    top_p: float
+    top_k: int
+    max_new_tokens: int
+    stop_tokens: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature {self.temperature} must be 0 (greedy) or more")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p {self.top_p} must be above 0 and at most 1")
+        if self.top_k < 0:
+            raise ValueError(f"top_k {self.top_k} must be 0 (off) or more")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens {self.max_new_tokens} must be at least 1")
+
+    @property
+    def logprob_temperature(self) -> float:
+        """The temperature of reported log-probs: the sampling temperature, or 1 when greedy."""
+        return self.temperature if self.temperature > 0 else 1.0
+
+
+def draw(logits: Array, keys: Array, rules: SamplingRules) -> tuple[Array, Array]:
+    """Draw one token a row.
+
+    Args:
+        logits: [B, V] float32.
+        keys: [B] typed keys.
+        rules: temperature, top_k and top_p are read.
+
+    Returns:
+        Tokens [B] int32, and their log-probs [B] float32 under softmax(logits / temperature) over the whole
+        vocabulary, whatever top-k and top-p cut away.
+    """
+    scaled = logits / rules.logprob_temperature
+    if rules.temperature == 0:
+        tokens = jnp.argmax(scaled, axis=-1)
+    else:
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, scaled.shape[1:], jnp.float32))(keys)
+        allowed = scaled if _keeps_all(rules) else jnp.where(nucleus(scaled, rules), scaled, -jnp.inf)
+        tokens = jnp.argmax(allowed + noise, axis=-1)
+    chosen = jnp.take_along_axis(scaled, tokens[:, None], axis=1)[:, 0]
+    return tokens.astype(jnp.int32), chosen - jax.nn.logsumexp(scaled, axis=-1)
+
+
+def nucleus(scaled: Array, rules: SamplingRules) -> Array:
+    """Which tokens may be drawn: the top k, and of their distribution the smallest set whose probability reaches top_p.
+
+    Of equal logits at the edge those of the lowest token ids are kept, as a stable sort would (Holtzman et al., 2020).
+
+    Args:
+        scaled: [B, V] float32, logits over temperature.
+        rules: top_k and top_p are read.
+
+    Returns:
+        [B, V] bool, at least one True in every row.
+    """
+    keep = jnp.ones(scaled.shape, bool)
+    if 0 < rules.top_k < scaled.shape[1]:
+        edge = jax.lax.top_k(scaled, rules.top_k)[0][:, -1:]
+        above, tied = scaled > edge, scaled == edge
+        room = rules.top_k - above.sum(axis=1, keepdims=True)
+        keep = above | (tied & (_rank(tied) < room))
+    if rules.top_p < 1:
+        keep = _top_p(jnp.where(keep, jnp.exp(scaled - scaled.max(axis=1, keepdims=True)), 0.0), rules.top_p)
+    return keep
+
+
+def _keeps_all(rules: SamplingRules) -> bool:
+    return rules.top_k == 0 and rules.top_p == 1
+
+
+def _top_p(weights: Array, top_p: float) -> Array:
+    """The smallest set that holds `top_p` of each row's weights [B, V] in [0, 1]; weights of 0 are never in it.
+
+    Finds the smallest weight in the set by bisection over the bits of a float32, which are ordered as the floats are:
+    30 sums over the vocabulary instead of a sort, and no tolerance.
+    """
+    bits = jax.lax.bitcast_convert_type(weights, jnp.int32)
+    target = top_p * weights.sum(axis=1)
+
+    def narrow(step: Array, edge: Array) -> Array:
+        higher = edge | (1 << (_UNIT_BITS - 1 - step))
+        mass = jnp.where(bits >= higher[:, None], weights, 0.0).sum(axis=1)
+        return jnp.where(mass >= target, higher, edge)
+
+    # From 1, not 0: an edge of 0 would let in what has no weight.
+    edge = jax.lax.fori_loop(0, _UNIT_BITS, narrow, jnp.ones(target.shape, jnp.int32))
+    above, tied = bits > edge[:, None], bits == edge[:, None]
+    missing = target - jnp.where(above, weights, 0.0).sum(axis=1)
+    held_before = _rank(tied).astype(jnp.float32) * jax.lax.bitcast_convert_type(edge, jnp.float32)[:, None]
+    return above | (tied & (held_before < missing[:, None]))
+
+
+def _rank(tied: Array) -> Array:
+    """How many True stand before each place of its row: [B, V] bool -> [B, V] int32."""
+    count = tied.astype(jnp.int32)
+    before: Array = jnp.cumsum(count, axis=1) - count
+    return before
