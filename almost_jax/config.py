@@ -4,15 +4,40 @@ Loading, inheritance (`base:`), overrides (`a.b=v`) and sweeps (`sweep:`) are in
 the schema alone, so that it can be read as documentation.
 """
 
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
+# Scalars are strict: "4" is no integer, 1 is no boolean, 2.0 is no count, NaN and inf are no numbers. 1 is a float.
 PositiveInt = Annotated[int, Field(gt=0, strict=True)]
 NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)]
+NonNegative = Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1, strict=True, allow_inf_nan=False)]
+Flag = Annotated[bool, Field(strict=True)]
+Text = Annotated[str, Field(min_length=1, strict=True)]
+
+
+def _axis_size(size: int) -> int:
+    if size == 0 or size < -1:
+        raise ValueError("an axis has a positive number of devices, or -1 for what the others leave")
+    return size
+
+
+AxisSize = Annotated[int, Field(strict=True), AfterValidator(_axis_size)]
+# It names a folder, so it can't hold a slash.
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", strict=True)]
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(names) or "nothing"
+
+
+def wrong(key: str, message: str) -> PydanticCustomError:
+    """An error about `key` (dotted, from the section that raises), for checks across keys."""
+    return PydanticCustomError("experiment", "{message}", {"key": key, "message": message})
 
 
 class Section(BaseModel):
@@ -24,16 +49,22 @@ class Section(BaseModel):
 class MeshConfig(Section):
     """Devices along each mesh axis; one axis may be -1 and takes what is left."""
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
+    data: AxisSize = -1
+    fsdp: AxisSize = 1
+    tensor: AxisSize = 1
+
+    @model_validator(mode="after")
+    def _one_free_axis(self) -> "MeshConfig":
+        if [self.data, self.fsdp, self.tensor].count(-1) > 1:
+            raise wrong("fsdp" if self.fsdp == -1 else "tensor", "only one mesh axis may be -1")
+        return self
 
 
 class SamplingConfig(Section):
     """How completions are drawn. `top_p: 1` and `top_k: 0` mean off; `temperature: 0` is greedy."""
 
     temperature: NonNegative = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1, strict=True)] = 1.0
     top_k: NonNegativeInt = 0
     max_new_tokens: PositiveInt = 256
     batch_size: PositiveInt = 64
@@ -46,8 +77,8 @@ class PromptedModel(Section):
     the name of a file in stages/prompts without its suffix, or a path), of which the first `shots` are shown.
     """
 
-    model: str
-    demonstrations: str
+    model: Text
+    demonstrations: Text
     shots: PositiveInt
 
 
@@ -80,12 +111,18 @@ class TrainingConfig(Section):
     checkpoint_every: PositiveInt = 100
     log_every: PositiveInt = 10
 
+    @model_validator(mode="after")
+    def _divides(self) -> "TrainingConfig":
+        if self.batch_size % self.micro_batches:
+            raise wrong("batch_size", f"{self.batch_size} must be divisible by micro_batches {self.micro_batches}")
+        return self
+
 
 class SelfInstructConfig(Section):
     """Self-Instruct query generation (paper stage 0)."""
 
-    seeds: str = "seed_instructions"
-    generator: str = "large"
+    seeds: Text = "seed_instructions"
+    generator: Text = "large"
     in_context: PositiveInt = 8
     in_context_generated: NonNegativeInt = 2
     max_similarity: Fraction = 0.7
@@ -95,14 +132,31 @@ class SelfInstructConfig(Section):
     requests_per_round: PositiveInt = 64
     sampling: SamplingConfig = SamplingConfig()
 
+    @model_validator(mode="after")
+    def _bounds(self) -> "SelfInstructConfig":
+        if self.min_words > self.max_words:
+            raise wrong("min_words", f"{self.min_words} is more than max_words {self.max_words}")
+        if self.in_context_generated > self.in_context:
+            raise wrong(
+                "in_context_generated",
+                f"{self.in_context_generated} of the in-context instructions is more than in_context {self.in_context}",
+            )
+        return self
+
 
 class QueriesConfig(Section):
     """Where queries come from: the micro-world's generator, self-instruct, or a jsonl file with a `text` field."""
 
     source: Literal["microworld", "self_instruct", "file"] = "self_instruct"
     count: PositiveInt = 10000
-    file: str | None = None
+    file: Text | None = None
     self_instruct: SelfInstructConfig = SelfInstructConfig()
+
+    @model_validator(mode="after")
+    def _file_given(self) -> "QueriesConfig":
+        if self.source == "file" and self.file is None:
+            raise wrong("file", "needs the path of a jsonl file when source is file")
+        return self
 
 
 class ComparisonsConfig(Section):
@@ -112,28 +166,66 @@ class ComparisonsConfig(Section):
     demonstrations, shots that differs, and the order of `configurations` must agree with that.
     """
 
-    configurations: dict[str, PromptedModel]
-    model_order: tuple[str, ...]
-    demonstrations_order: tuple[str, ...]
+    configurations: dict[Name, PromptedModel]
+    model_order: tuple[Text, ...]
+    demonstrations_order: tuple[Text, ...]
     pairs: Literal["adjacent", "all"] = "all"
     sampling: SamplingConfig = SamplingConfig()
+
+    @model_validator(mode="after")
+    def _follows_the_rule_of_thumb(self) -> "ComparisonsConfig":
+        if len(self.configurations) < 2:
+            raise wrong(
+                "configurations", f"{len(self.configurations)} configuration can't be compared; give two or more"
+            )
+        for order in ("model_order", "demonstrations_order"):
+            names = getattr(self, order)
+            if len(set(names)) < len(names):
+                raise wrong(order, f"a name stands twice in {list(names)}")
+        standings = {}
+        for name, prompted in self.configurations.items():
+            for key, value, order in (
+                ("model", prompted.model, "model_order"),
+                ("demonstrations", prompted.demonstrations, "demonstrations_order"),
+            ):
+                if value not in getattr(self, order):
+                    raise wrong(
+                        f"configurations.{name}.{key}",
+                        f"{value!r} must stand in comparisons.{order}, which has {_listed(getattr(self, order))}",
+                    )
+            # Smaller is better: size first, then demonstrations, then shots.
+            standings[name] = (
+                self.model_order.index(prompted.model),
+                self.demonstrations_order.index(prompted.demonstrations),
+                -prompted.shots,
+            )
+        names = list(standings)
+        for better, worse in zip(names, names[1:], strict=False):
+            if standings[better] == standings[worse]:
+                raise wrong(f"configurations.{worse}", f"is the same as {better}: no rule can rank the two")
+            if standings[better] > standings[worse]:
+                raise wrong(
+                    f"configurations.{worse}",
+                    f"ranks above {better} by size, demonstrations and shots, so it must stand before {better}",
+                )
+        return self
 
 
 class FiltersConfig(Section):
     """Post-validation. Keywords are matched case-insensitively on word boundaries, at the start or anywhere."""
 
-    heuristic: bool = True
-    keywords_start: tuple[str, ...] = ("well",)
-    keywords_anywhere: tuple[str, ...] = ("i don't know", "i do not know", "i'm not sure")
-    length_rule: bool = True
-    as_is: bool = True
+    heuristic: Flag = True
+    keywords_start: tuple[Text, ...] = ("well",)
+    keywords_anywhere: tuple[Text, ...] = ("i don't know", "i do not know", "i'm not sure")
+    length_rule: Flag = True
+    as_is: Flag = True
 
 
 class AsIsRewardConfig(Section):
     """The reward model trained on community votes. `votes` is `microworld` or a jsonl file of chosen/rejected."""
 
-    model: str = "small"
-    votes: str = "microworld"
+    model: Text = "small"
+    votes: Text = "microworld"
     pairs: PositiveInt = 20000
     held_out: NonNegativeInt = 500
     training: TrainingConfig = TrainingConfig()
@@ -142,7 +234,7 @@ class AsIsRewardConfig(Section):
 class RewardConfig(Section):
     """The pairwise reward model (paper stage 1). `margin` and `centering` (0 is the paper's loss) are options."""
 
-    model: str = "small"
+    model: Text = "small"
     margin: NonNegative = 0.0
     centering: NonNegative = 0.0
     held_out: NonNegativeInt = 500
@@ -161,7 +253,7 @@ class DemonstrationsConfig(Section):
     queries: PositiveInt = 10000
     n: PositiveInt = 4
     max_turns: PositiveInt = 2
-    baseline: bool = True
+    baseline: Flag = True
     sampling: SamplingConfig = SamplingConfig()
     user_sampling: SamplingConfig = SamplingConfig()
 
@@ -169,7 +261,7 @@ class DemonstrationsConfig(Section):
 class SftConfig(Section):
     """Supervised fine-tuning on the demonstrations, loss on assistant tokens only."""
 
-    model: str = "small"
+    model: Text = "small"
     training: TrainingConfig = TrainingConfig()
 
 
@@ -197,9 +289,9 @@ class PpoConfig(Section):
     vf_coef: NonNegative = 0.1
     gamma: Fraction = 1.0
     gae_lambda: Fraction = 0.95
-    whiten_rewards: bool = False
-    whiten_advantages: bool = True
-    normalize_reward: bool = True
+    whiten_rewards: Flag = False
+    whiten_advantages: Flag = True
+    normalize_reward: Flag = True
     reward_clip: Positive = 10.0
     missing_eos_penalty: NonNegative = 1.0
     entropy_coef: NonNegative = 0.0
@@ -208,19 +300,22 @@ class PpoConfig(Section):
     sample_every: PositiveInt = 20
 
     @model_validator(mode="after")
-    def _divides(self) -> "PpoConfig":
+    def _fits(self) -> "PpoConfig":
         if self.batch_size % (self.num_mini_batches * self.micro_batches):
-            raise ValueError(
-                f"ppo.batch_size {self.batch_size} must be divisible by num_mini_batches x micro_batches "
-                f"= {self.num_mini_batches} x {self.micro_batches}"
+            raise wrong(
+                "batch_size",
+                f"{self.batch_size} must be divisible by num_mini_batches x micro_batches "
+                f"= {self.num_mini_batches} x {self.micro_batches}",
             )
+        if self.sampling.temperature == 0:
+            raise wrong("sampling.temperature", "rollouts must be sampled; a temperature of 0 is greedy")
         return self
 
 
 class EvaluationConfig(Section):
     """Evaluation against the gold score (micro-world only, elsewhere skipped) on held-out queries."""
 
-    gold: bool = False
+    gold: Flag = False
     queries: PositiveInt = 1000
     best_of: PositiveInt = 4
     curve_queries: PositiveInt = 400
@@ -235,11 +330,11 @@ class ExperimentConfig(Section):
     `models` maps names to sources: `microworld:small`, a checkpoint folder of ours or a Hugging Face folder.
     """
 
-    name: str
+    name: Name
     seed: NonNegativeInt = 0
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     mesh: MeshConfig = MeshConfig()
-    models: dict[str, str]
+    models: dict[Text, Text]
     queries: QueriesConfig
     as_is_reward: AsIsRewardConfig
     comparisons: ComparisonsConfig
@@ -249,3 +344,31 @@ class ExperimentConfig(Section):
     sft: SftConfig
     ppo: PpoConfig
     evaluation: EvaluationConfig
+
+    @model_validator(mode="after")
+    def _agrees(self) -> "ExperimentConfig":
+        for key, name in self.model_references():
+            if name not in self.models:
+                raise wrong(key, f"{name!r} must be one of the models: {_listed(self.models)}")
+        for number, name in enumerate(self.comparisons.model_order):
+            if name not in self.models:
+                raise wrong(
+                    f"comparisons.model_order.{number}", f"{name!r} must be one of the models: {_listed(self.models)}"
+                )
+        if self.evaluation.gold and self.queries.source != "microworld":
+            raise wrong("evaluation.gold", "only the micro-world has a gold score; set queries.source to microworld")
+        return self
+
+    def model_references(self) -> Iterator[tuple[str, str]]:
+        """Every (dotted key, model name) of the stages that will run."""
+        if self.queries.source == "self_instruct":
+            yield "queries.self_instruct.generator", self.queries.self_instruct.generator
+        for name, prompted in self.comparisons.configurations.items():
+            yield f"comparisons.configurations.{name}.model", prompted.model
+        yield "as_is_reward.model", self.as_is_reward.model
+        yield "reward.model", self.reward.model
+        yield "demonstrations.assistant.model", self.demonstrations.assistant.model
+        yield "demonstrations.user.model", self.demonstrations.user.model
+        yield "sft.model", self.sft.model
+        if self.evaluation.prompted is not None:
+            yield "evaluation.prompted.model", self.evaluation.prompted.model
