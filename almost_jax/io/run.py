@@ -45,7 +45,9 @@ class ProgressReport:
         self._figures = ""
         self._hook = hook
         self._bar = bar
-        self._task = None if bar is None else bar.add_task(description, total=total, completed=done, rate="", figures="")
+        self._task = (
+            None if bar is None else bar.add_task(description, total=total, completed=done, rate="", figures="")
+        )
         if bar is None:
             console.print(self._line(), markup=False, highlight=False, emoji=False, soft_wrap=True)
 
@@ -79,7 +81,10 @@ class ProgressReport:
         parts = [f"{self._description}: {self._done}/{self._total}"]
         if self._done > self._resumed_at:
             left = max(self._total - self._done, 0) / max(self._per_second(), 1e-9)
-            parts += [self._rate(), f"{_duration(left)} left" if left else f"in {_duration(time.monotonic() - self._started)}"]
+            parts += [
+                self._rate(),
+                f"{_duration(left)} left" if left else f"in {_duration(time.monotonic() - self._started)}",
+            ]
         return "  ".join([*parts, self._figures]).rstrip()
 
 
