@@ -5,6 +5,7 @@ An item is one scored response of a held-out query:
 is None. Systems are named `configuration/A`, `best_of_n`, `policy/sft`, `curve/20` (the RLSF policy after 20 steps).
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -19,15 +20,16 @@ from almost_jax.evaluation.statistics import (
     difference,
     interval,
     quantile_bins,
+    weighted_clusters,
 )
+from almost_jax.stages.pair_figures import GAP_EDGES
 
 Item = dict[str, Any]
 Scores = dict[str, list[float]]
 
 POLICIES = ("prompted", "sft_self_play", "sft", "rlsf")
 FILTERS = ("raw", "heuristic", "as_is")
-HEURISTIC = ("keyword", "length")
-LENGTH_TOLERANCE = 0.1  # two responses are length-matched when they differ by at most this share of the longer
+HEURISTIC = ("empty", "identical", "keyword", "length")
 LENGTH_BINS = 10
 
 DEFINITIONS = {
@@ -37,9 +39,9 @@ DEFINITIONS = {
     "a tie counts half",
     "reward_model": "share of pairs of responses of the configurations to one held-out query, of different gold score, "
     "in which the scorer prefers the one with the higher gold score; a tie of the scorer counts half",
-    "length_matched_accuracy": "the same over pairs whose lengths in characters differ by at most 10% of the longer",
-    "length_balanced_accuracy": "mean of two accuracies: over pairs whose better response is the longer one, and over "
-    "pairs whose better response is the shorter one; preferring the longer gives exactly 0.5",
+    "length_matched_accuracy": "the same with length taken out: among pairs of like difference in characters, those "
+    "whose better response is the longer one and those whose better response is the shorter one weigh the same (each "
+    "side as much as the smaller of the two); preferring the longer gives exactly 0.5",
     "best_of_n": "mean gold score of the first sample, of the reward model's choice among the samples, and of the best "
     "sample",
     "kl": "mean over responses of log policy - log SFT policy, summed over the response's tokens (nats)",
@@ -90,8 +92,8 @@ def pair_quality(
 
     Returns:
         "pairs": {filter: {"kept", "accuracy", "ties"}} (a tie of gold counts half; accuracy is None when no pair is
-        kept), "pair_gains" of each filter over the one before, and "pair_details": the interval, and the accuracy with
-        length balanced out.
+        kept), "pair_gains" of each filter over the one before, and "pair_details": the accuracy with its interval, also
+        with length taken out, and the share of pairs whose chosen response is the longer one.
     """
     rows = []
     for record in comparisons:
@@ -117,27 +119,41 @@ def pair_quality(
         details[name] = {
             "accuracy": interval(sums[name], bootstrap) if kept else None,
             "chosen_is_longer": float(np.mean([agreement(row[3], 1.0) for row in kept])) if kept else None,
-            "length_balanced_accuracy": length_balanced(
-                [(row[3] * np.sign(row[2]), agreement(row[2], 1.0)) for row in kept if row[2] != 0]
+            "length_matched_accuracy": length_matched(
+                [(row[0], agreement(row[2], 1.0), row[3] * np.sign(row[2])) for row in kept if row[2] != 0],
+                queries,
+                bootstrap,
             ),
         }
     return {"pairs": pairs, "pair_gains": _gains(sums, bootstrap), "pair_details": details}
 
 
-def length_balanced(pairs: Iterable[tuple[float, float]]) -> float | None:
-    """Accuracy with length balanced out: preferring the longer response gives exactly 0.5.
+def length_matched(
+    rows: Sequence[tuple[str, float, float]], queries: Sequence[str], bootstrap: Bootstrap
+) -> dict[str, Any] | None:
+    """Accuracy with length taken out of the question, as `stages.pair_figures.length_matched_accuracy` defines it.
 
     Args:
-        pairs: (characters of the really better response less those of the worse, 1 / 0.5 / 0 for a right / undecided /
-            wrong preference); pairs of equal length are left out.
+        rows: (query id, 1 / 0.5 / 0 for a right / undecided / wrong preference, characters of the really better
+            response less those of the worse).
+        queries: every query id.
+        bootstrap: how the interval is drawn; the weights of pairs stay those of the whole sample.
 
     Returns:
-        The mean of the two accuracies, None when one group is empty.
+        {"mean", "ci95", "n"}, n being the pairs that could be matched; None when there are none.
     """
-    pairs = list(pairs)
-    favoured = [right for longer, right in pairs if longer > 0]
-    disfavoured = [right for longer, right in pairs if longer < 0]
-    return float((np.mean(favoured) + np.mean(disfavoured)) / 2) if favoured and disfavoured else None
+    gaps = np.array([gap for _, _, gap in rows])
+    strata = np.digitize(np.abs(gaps), GAP_EDGES)
+    weights = np.where(gaps == 0, 1.0, 0.0)
+    for stratum in np.unique(strata[gaps != 0]):
+        sides = [(strata == stratum) & (gaps > 0), (strata == stratum) & (gaps < 0)]
+        for side in sides:
+            if side.any():
+                weights[side] = min(int(side.sum()) for side in sides) / int(side.sum())
+    matched = weighted_clusters(
+        [(query, float(weight), right) for (query, right, _), weight in zip(rows, weights, strict=True)], queries
+    )
+    return interval(matched, bootstrap) if matched.n else None
 
 
 def reward_accuracy(items: Sequence[Item], queries: Sequence[str], bootstrap: Bootstrap) -> dict[str, Any]:
@@ -151,39 +167,38 @@ def reward_accuracy(items: Sequence[Item], queries: Sequence[str], bootstrap: Bo
 
     Returns:
         "reward_model": {"accuracy", "length_matched_accuracy", "longer_wins_accuracy", "as_is_accuracy"} (None where
-        there is nothing to count), "reward_model_details" with an interval each and the length-balanced accuracy, and
-        "reward_model_gains" over each rival. See DEFINITIONS.
+        there is nothing to count), "reward_model_details" with an interval each, and "reward_model_gains" over each
+        rival. See DEFINITIONS.
     """
-    names = ("accuracy", "length_matched_accuracy", "longer_wins_accuracy", "as_is_accuracy")
+    names = ("accuracy", "longer_wins_accuracy", "as_is_accuracy")
     scores: dict[str, Scores] = {name: {} for name in names}
-    by_length = []
+    by_gap = []
     for query, group in _by_query(items).items():
-        for i, first in enumerate(group):
-            for second in group[i + 1 :]:
-                truth = first["gold"] - second["gold"]
-                if truth == 0:
-                    continue
-                lengths = len(first["text"]), len(second["text"])
-                right = agreement(first["reward"] - second["reward"], truth)
-                scores["accuracy"].setdefault(query, []).append(right)
-                by_length.append(((lengths[0] - lengths[1]) * np.sign(truth), right))
-                if abs(lengths[0] - lengths[1]) <= LENGTH_TOLERANCE * max(lengths):
-                    scores["length_matched_accuracy"].setdefault(query, []).append(right)
-                scores["longer_wins_accuracy"].setdefault(query, []).append(agreement(lengths[0] - lengths[1], truth))
-                if first["as_is"] is not None:
-                    as_is = agreement(first["as_is"] - second["as_is"], truth)
-                    scores["as_is_accuracy"].setdefault(query, []).append(as_is)
+        for first, second in itertools.combinations(group, 2):
+            truth = first["gold"] - second["gold"]
+            if truth == 0:
+                continue
+            right = agreement(first["reward"] - second["reward"], truth)
+            longer = len(first["text"]) - len(second["text"])
+            scores["accuracy"].setdefault(query, []).append(right)
+            scores["longer_wins_accuracy"].setdefault(query, []).append(agreement(longer, truth))
+            by_gap.append((query, right, float(longer * np.sign(truth))))
+            if first["as_is"] is not None:
+                as_is = agreement(first["as_is"] - second["as_is"], truth)
+                scores["as_is_accuracy"].setdefault(query, []).append(as_is)
     sums = {name: clusters(scores[name], queries) for name in names}
+    details = {name: interval(sums[name], bootstrap) if sums[name].n else None for name in names}
+    details["length_matched_accuracy"] = length_matched(by_gap, queries, bootstrap)
     gains = {
         f"accuracy - {rival}": difference(sums["accuracy"], sums[rival], bootstrap)
         for rival in ("longer_wins_accuracy", "as_is_accuracy")
         if sums[rival].n
     }
-    details: dict[str, Any] = {name: interval(sums[name], bootstrap) if sums[name].n else None for name in names}
+    order = ("accuracy", "length_matched_accuracy", "longer_wins_accuracy", "as_is_accuracy")
     return {
-        "reward_model": {name: sums[name].mean if sums[name].n else None for name in names},
+        "reward_model": {name: figure["mean"] if (figure := details[name]) else None for name in order},
         "reward_model_gains": gains,
-        "reward_model_details": {**details, "length_balanced_accuracy": length_balanced(by_length)},
+        "reward_model_details": {name: details[name] for name in order},
     }
 
 

@@ -7,7 +7,7 @@ sweep.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,8 +44,8 @@ class Clusters:
 
     @property
     def n(self) -> int:
-        """How many scores were counted."""
-        return int(self.counts.sum())
+        """How many scores were counted, by weight."""
+        return round(float(self.counts.sum()))
 
 
 def clusters(scores: Mapping[str, Sequence[float]], queries: Sequence[str]) -> Clusters:
@@ -58,11 +58,18 @@ def clusters(scores: Mapping[str, Sequence[float]], queries: Sequence[str]) -> C
     Raises:
         ValueError: a score belongs to no query of the list.
     """
-    strangers = set(scores) - set(queries)
-    if strangers:
-        raise ValueError(f"scores of query {min(strangers)!r}, which is not among the {len(queries)} queries")
-    totals = np.array([float(np.sum(scores.get(query, ()))) for query in queries])
-    counts = np.array([float(len(scores.get(query, ()))) for query in queries])
+    return weighted_clusters([(query, 1.0, score) for query, group in scores.items() for score in group], queries)
+
+
+def weighted_clusters(rows: Iterable[tuple[str, float, float]], queries: Sequence[str]) -> Clusters:
+    """`clusters` of scores that count with weights: rows are (query id, weight, score)."""
+    place = {query: index for index, query in enumerate(queries)}
+    totals, counts = np.zeros(len(queries)), np.zeros(len(queries))
+    for query, weight, score in rows:
+        if query not in place:
+            raise ValueError(f"a score of query {query!r}, which is not among the {len(queries)} queries")
+        totals[place[query]] += weight * score
+        counts[place[query]] += weight
     return Clusters(totals, counts)
 
 
