@@ -9,16 +9,16 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
+import jax
 import numpy as np
 
 from almost_jax.config import ComparisonsConfig, PromptedModel
 from almost_jax.errors import InputError
-from almost_jax.io.models import load_model
 from almost_jax.io.records import RecordWriter, read_records
 from almost_jax.io.run import Run
 from almost_jax.stages.filters import count_verdicts, filter_pair
 from almost_jax.stages.prompting import DialogueRequest, Reply, respond
-from almost_jax.stages.reward import RewardScorer
+from almost_jax.stages.reward import RewardScorer, load_reward_model
 from almost_jax.stages.templates import Turn, demonstrations_text
 
 Rule: TypeAlias = Literal["size", "demonstrations", "shots"]
@@ -125,7 +125,7 @@ def run_responses(run: Run) -> dict[str, Any]:
     with RecordWriter(path, key=response_key) as writer:
         _check_resumed([response_key(record) for record in writer.records], expected, f"{path}.partial")
         done = len(writer.records)
-        with run.progress("responses", len(expected), done) as progress:
+        with run.progress("responses", len(expected), done) as progress, jax.set_mesh(run.mesh):
             for place, name in enumerate(plan):
                 already = min(max(done - place * len(queries), 0), len(queries))
                 for record in _respond(run, name, queries, already):
@@ -153,14 +153,13 @@ def run_stage(run: Run) -> dict[str, Any]:
     chunk = run.config.as_is_reward.training.batch_size
     scorer = None
     if run.config.filters.as_is:
-        model = load_model(str(run.path("as_is_reward", "model")), run.mesh, run.config.compute_dtype)
-        scorer = RewardScorer(model, chunk)
+        scorer = RewardScorer(load_reward_model(run, "as_is_reward"), chunk)
     path = run.path("comparisons.jsonl")
     expected = [f"{query['id']}/{ranking.better}/{ranking.worse}" for query in queries for ranking in ranked]
     with RecordWriter(path, key=comparison_key) as writer:
         _check_resumed([comparison_key(record) for record in writer.records], expected, f"{path}.partial")
         done = len(writer.records)
-        with run.progress("comparisons", len(expected), done) as progress:
+        with run.progress("comparisons", len(expected), done) as progress, jax.set_mesh(run.mesh):
             # Whole chunks are scored again after a kill: what is scored together stays together.
             first = done // (chunk * len(ranked)) * chunk
             skip = done - first * len(ranked)

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from almost_jax.config import SamplingConfig
-from almost_jax.errors import InputError
 from almost_jax.io.models import Model
 from almost_jax.io.tokenizer import Tokenizer
 from almost_jax.sampling.engine import Completion, Request, generate
@@ -66,14 +65,6 @@ def respond(
     vanilla = bool(demonstrations_text)
     prefix = _bos(tokenizer) + (tokenizer.encode(demonstrations_text) if vanilla else [])
     prompts = [tokenizer.encode(query_prompt(request.turns, next_role)) for request in requests]
-    room = model.config.max_position_embeddings - len(prefix) - sampling.max_new_tokens
-    for request, prompt in zip(requests, prompts, strict=True):
-        if len(prompt) > room:
-            raise InputError(
-                f"{request.id}: {len(prefix)} tokens of demonstrations + {len(prompt)} of dialogue + max_new_tokens "
-                f"{sampling.max_new_tokens} exceed the {model.config.max_position_embeddings} positions of model "
-                f"{model.name!r}; use fewer shots, shorter queries or fewer new tokens"
-            )
     stops = stop_strings() if vanilla else ()
     rules = sampling_rules(sampling, stop_tokens(tokenizer, stops))
     completions = generate(
@@ -87,7 +78,7 @@ def respond(
         prompt_multiple=PROMPT_MULTIPLE,
     )
     for completion in completions:
-        yield reply(tokenizer, completion, rules.stop_tokens, stops)
+        yield reply(tokenizer, completion, stops)
 
 
 def sampling_rules(sampling: SamplingConfig, stop_tokens: tuple[int, ...]) -> SamplingRules:
@@ -126,11 +117,9 @@ def cut(text: str, stops: Sequence[str]) -> tuple[str, bool]:
     return (lined[: min(found)].strip(), True) if found else (text.strip(), False)
 
 
-def reply(tokenizer: Tokenizer, completion: Completion, stop_tokens: Sequence[int], stops: Sequence[str]) -> Reply:
+def reply(tokenizer: Tokenizer, completion: Completion, stops: Sequence[str]) -> Reply:
     """Turn a completion's tokens into a turn: the stop token goes, and the text ends before the first stop string."""
-    tokens = list(completion.tokens)
-    if completion.stopped and tokens and tokens[-1] in stop_tokens:
-        tokens = tokens[:-1]
+    tokens = list(completion.content)
     text, found = cut(tokenizer.decode(tokens), stops)
     if found:
         tokens = tokens[: _tokens_of(tokenizer, tokens, text)]
