@@ -8,9 +8,7 @@ from numpy.typing import NDArray
 from almost_jax.errors import InputError
 
 
-def pad(
-    sequences: Sequence[Sequence[int]], length: int, pad_id: int
-) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+def pad(sequences: Sequence[Sequence[int]], length: int, pad_id: int) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """Pad sequences on the right to one length.
 
     Args:
@@ -51,8 +49,8 @@ def epoch_order(seed: int, epoch: int, n: int) -> NDArray[np.int64]:
 def batch_indices(step: int, batch_size: int, n: int, seed: int) -> NDArray[np.int64]:
     """Which of n examples make up the batch of a step.
 
-    The epochs' permutations are laid end to end and cut into batches, so every batch is full, an epoch sees every example
-    once, and a batch may straddle two epochs. A function of its arguments alone: resuming needs no saved state.
+    The epochs' permutations are laid end to end and cut into batches, so every batch is full, an epoch sees every
+    example once, and a batch may straddle two epochs. A function of its arguments alone: resuming needs no saved state.
 
     Args:
         step: counted from 0.

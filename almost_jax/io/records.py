@@ -1,7 +1,7 @@
-"""Records: JSON lines on disk, written atomically and in order, so that a killed stage continues without gap or repeat.
+"""Records: JSON lines on disk, written atomically and in order: a killed stage continues without gap or repeat.
 
-JSON is UTF-8 with keys in insertion order and floats by `repr` (they read back exactly); NaN and infinities are refused,
-as they aren't JSON. Lines end at "\\n" alone: U+2028 and its like may stand inside a text.
+JSON is UTF-8 with keys in insertion order and floats by `repr` (they read back exactly); NaN and infinities aren't JSON
+and are refused. Lines end at a line feed alone: U+2028 and its like may stand inside a text.
 """
 
 import json
@@ -148,9 +148,9 @@ class RecordWriter:
             try:
                 name = self.key(record)
             except KeyError as error:
-                raise InputError(f"{partial}, line {number}: no field {error}; delete the file to start over") from error
+                raise InputError(f"{partial}, line {number}: no field {error}; delete it to start over") from error
             if name in self.done:
-                raise InputError(f"{partial}, line {number}: key {name!r} stands twice; delete the file to start over")
+                raise InputError(f"{partial}, line {number}: key {name!r} stands twice; delete it to start over")
             self.done.add(name)
         self._file = partial.open("ab")
         self._file.truncate(size)

@@ -12,7 +12,7 @@ from almost_jax.errors import InputError
 from almost_jax.io.records import RecordWriter, partial_path, read_records, write_records
 
 ODD = {
-    "id": "q\u2028\u2029\x85\r\n\t\"\\/\x00é漢🙂",
+    "id": 'q\u2028\u2029\x85\r\n\t"\\/\x00é漢🙂',
     "": [],
     "numbers": [0.1, 1e-300, 1 / 3, -0.0, 2**70, 1e22, True, None],
     "nested": {"z": 1, "a": {"b": [[], {}]}},

@@ -1,0 +1,98 @@
+"""Text to token ids and back, through transformers' fast tokenizers."""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from almost_jax.errors import InputError
+
+# Any of these makes a folder one that AutoTokenizer can read.
+FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+class Tokenizer:
+    """A tokenizer without surprises: no special tokens are added, and none are read out of plain text.
+
+    Attributes:
+        vocab_size: V, added tokens included; a model may have more rows, never fewer.
+        eos_id: the end of a document or response.
+        pad_id: falls back to `eos_id`: masks come from lengths, so this is harmless.
+        bos_id: the beginning of a document; None if the tokenizer has none.
+        fingerprint: equal for tokenizers that encode alike, wherever they were loaded from.
+    """
+
+    def __init__(self, backend: Any) -> None:
+        """Wrap a transformers tokenizer.
+
+        Raises:
+            InputError: it has no end-of-text token.
+        """
+        if backend.eos_token_id is None:
+            raise InputError("tokenizer has no eos_token; set one in tokenizer_config.json: responses must end")
+        self._backend = backend
+        self.vocab_size: int = len(backend)
+        self.eos_id: int = backend.eos_token_id
+        self.bos_id: int | None = backend.bos_token_id
+        self.pad_id: int = self.eos_id if backend.pad_token_id is None else backend.pad_token_id
+        self.fingerprint: str = _fingerprint(backend)
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text; a special token's name in it ("</s>") is encoded as the letters it is made of."""
+        ids: list[int] = self._backend.encode(text, add_special_tokens=False, split_special_tokens=True)
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, special tokens left out, whitespace at both ends stripped."""
+        plain = [int(token) for token in ids]
+        text: str = self._backend.decode(plain, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text.strip()
+
+    def single_token(self, text: str) -> int | None:
+        """The id of a text that is exactly one known token, else None."""
+        ids = self.encode(text)
+        return ids[0] if len(ids) == 1 and ids[0] != self._backend.unk_token_id else None
+
+    def save(self, directory: Path) -> None:
+        """Write the tokenizer's files into a folder, beside what is there."""
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        self._backend.save_pretrained(str(directory))
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Read a tokenizer from a folder; nothing is downloaded and no code of the folder's is run.
+
+    Raises:
+        InputError: the folder or its tokenizer files are missing or can't be read, or there is no end-of-text token.
+    """
+    # Said on import, and of no interest here: only tokenizers are used, PyTorch isn't missed.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from transformers import AutoTokenizer
+
+    path = Path(path)
+    if not any((path / name).is_file() for name in FILES):
+        raise InputError(f"{path}: no tokenizer found; expected a folder with one of {', '.join(FILES)}")
+    try:
+        backend = AutoTokenizer.from_pretrained(
+            str(path), use_fast=True, trust_remote_code=False, local_files_only=True
+        )
+    # The library lets through whatever its parsers raise, plain Exception included.
+    except Exception as error:
+        line = " ".join(str(error).split())[:300]
+        raise InputError(f"{path}: the tokenizer can't be read ({type(error).__name__}: {line})") from error
+    try:
+        return Tokenizer(backend)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def _fingerprint(backend: Any) -> str:
+    fast = getattr(backend, "backend_tokenizer", None)
+    body = backend.get_vocab() if fast is None else json.loads(fast.to_str())
+    # Set by calls that pad or truncate, so a matter of history and not of the tokenizer.
+    for key in ("padding", "truncation"):
+        body.pop(key, None)
+    special = [backend.pad_token_id, backend.bos_token_id, backend.eos_token_id, backend.unk_token_id]
+    return hashlib.sha256(json.dumps([body, special], sort_keys=True).encode()).hexdigest()
