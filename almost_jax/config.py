@@ -313,9 +313,13 @@ class PpoConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """Evaluation against the gold score (micro-world only, elsewhere skipped) on held-out queries."""
+    """Evaluation against the gold score (micro-world only, elsewhere skipped) on held-out queries.
+
+    Choose settings on the `development` queries; `test` is for the figures that are reported.
+    """
 
     gold: Flag = False
+    split: Literal["development", "test"] = "test"
     queries: PositiveInt = 1000
     best_of: PositiveInt = 4
     curve_queries: PositiveInt = 400
