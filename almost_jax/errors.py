@@ -7,3 +7,7 @@ class InputError(ValueError):
     The message is one line that names the key, file and line, or shape, and says what would be right. The command line
     prints it on standard error without a traceback and exits with code 2.
     """
+
+
+class TrainingDiverged(RuntimeError):
+    """A loss, a KL or a reward stopped being finite; the message names the step and the last good checkpoint."""

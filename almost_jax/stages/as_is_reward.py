@@ -1,0 +1,71 @@
+"""The as-is reward model: trained on community votes, it must agree with a synthetic comparison for that to be kept.
+
+Source: ALMoST (arXiv 2305.13735), section 2.2: 20k pairs of a question-and-answer site, the higher-voted answer being
+preferred.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from almost_jax.errors import InputError
+from almost_jax.io.records import read_records
+from almost_jax.io.run import Run
+from almost_jax.microworld import community
+from almost_jax.stages.reward import Pair, make_pair, train_reward_model
+
+
+def run_stage(run: Run) -> dict[str, Any]:
+    """Train on votes, the config's or the micro-world's -> as_is_reward/model."""
+    config = run.config.as_is_reward
+    if config.votes == "microworld":
+        pairs = [vote_pair(vote, "votes") for vote in community.votes(run.seed("as_is_reward/votes"), config.pairs)]
+    else:
+        pairs = load_votes(Path(config.votes))[: config.pairs]
+    return train_reward_model(
+        run,
+        "as_is_reward",
+        config.model,
+        pairs,
+        held_out=config.held_out,
+        reference_samples=run.config.reward.reference_samples,
+        margin=0.0,
+        centering=0.0,
+        training=config.training,
+    )
+
+
+def load_votes(path: Path) -> list[Pair]:
+    """Pairs from a jsonl file of {"chosen", "rejected"} and, if these are bare responses, "prompt".
+
+    Raises:
+        InputError: the file can't be read, or a line lacks a text.
+    """
+    return [vote_pair(record, f"{path}: record {number}") for number, record in enumerate(read_records(path), start=1)]
+
+
+def vote_pair(record: dict[str, Any], where: str) -> Pair:
+    """One vote as a pair; without a prompt its texts are whole dialogues, grouped by what they begin with alike.
+
+    Raises:
+        InputError: a text is missing.
+    """
+    for field in ("chosen", "rejected"):
+        if not isinstance(record.get(field), str) or not record[field].strip():
+            raise InputError(f"{where}: `{field}` must be a text that is not empty, not {record.get(field)!r}")
+    chosen, rejected = record["chosen"].strip(), record["rejected"].strip()
+    if "prompt" in record:
+        return make_pair(str(record["prompt"]), str(record["prompt"]), chosen, rejected)
+    shared = _common_turns(chosen, rejected)
+    return Pair(chosen[:shared] or chosen, chosen, rejected, len(chosen) - shared, len(rejected) - shared)
+
+
+def _common_turns(chosen: str, rejected: str) -> int:
+    """How many characters the two dialogues share, up to the last turn label within them."""
+    shared = 0
+    for left, right in zip(chosen, rejected, strict=False):
+        if left != right:
+            break
+        shared += 1
+    label = "Assistant:"
+    found = chosen[:shared].rfind(label)
+    return found + len(label) if found >= 0 else 0

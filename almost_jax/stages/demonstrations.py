@@ -1,0 +1,233 @@
+"""Self-play between a prompted assistant and a prompted user, guided by the reward model.
+
+From a query on, assistant and user take turns. At each assistant turn n responses are sampled and the one that the
+reward model scores best is kept; n = 1 without a reward model is plain self-play, the ablation. Source: ALMoST (arXiv
+2305.13735), section 2.3.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from almost_jax.config import PromptedModel, SamplingConfig
+from almost_jax.errors import InputError
+from almost_jax.io.models import Model
+from almost_jax.io.records import Record, RecordWriter, read_records
+from almost_jax.io.run import Run
+from almost_jax.sampling.selection import best_of
+from almost_jax.stages.prompting import DialogueRequest, Reply, respond
+from almost_jax.stages.reward import RewardScorer, load_reward_model
+from almost_jax.stages.templates import Role, Turn, demonstrations_text
+
+
+@dataclasses.dataclass
+class Dialogue:
+    """A dialogue being played. `candidates` has one entry per turn; `open` says whether it goes on."""
+
+    query_id: str
+    turns: list[Turn]
+    candidates: list[list[dict[str, Any]]]
+    open: bool = True
+
+    def add(self, role: Role, text: str, candidates: list[dict[str, Any]]) -> None:
+        """Append a turn."""
+        self.turns.append({"role": role, "text": text})
+        self.candidates.append(candidates)
+
+
+@dataclasses.dataclass(frozen=True)
+class Speaker:
+    """One side of the self-play: who answers, how, and with which randomness."""
+
+    model: Model
+    demonstrations: str
+    sampling: SamplingConfig
+    seed: int
+
+    def reply(self, requests: Sequence[DialogueRequest], role: Role) -> list[Reply]:
+        """The next turn of every dialogue, in their order."""
+        return list(
+            respond(
+                self.model,
+                self.demonstrations,
+                requests,
+                next_role=role,
+                sampling=self.sampling,
+                seed=self.seed,
+            )
+        )
+
+
+def run_stage(run: Run) -> dict[str, Any]:
+    """Play guided, and plain for the baseline: queries.jsonl, reward/model -> demonstrations(_self_play).jsonl."""
+    config = run.config.demonstrations
+    with jax.set_mesh(run.mesh):
+        scorer = RewardScorer(load_reward_model(run, "reward"), run.config.reward.training.batch_size)
+        summary = {"guided": play(run, "demonstrations", config.n, scorer)}
+        if config.baseline:
+            summary["self_play"] = play(run, "demonstrations_self_play", 1, None)
+    return summary
+
+
+def play(run: Run, name: str, n: int, scorer: RewardScorer | None) -> dict[str, Any]:
+    """Play one dialogue per query and write them to NAME.jsonl, chunk by chunk.
+
+    A killed run goes on from the chunk in which it was killed, which is played again as a whole, so that the file comes
+    out the same to the byte.
+
+    Args:
+        run: the run.
+        name: the file, and with the run's seed the source of randomness.
+        n: candidates per assistant turn.
+        scorer: chooses among them; None takes the first and leaves its score null.
+
+    Returns:
+        The summary.
+    """
+    config = run.config.demonstrations
+    evaluation = evaluation_queries(run)
+    queries = [
+        query for query in read_records(run.path("queries.jsonl")) if plain_text(query["text"]) not in evaluation
+    ][: config.queries]
+    assistant = _speaker(run, config.assistant, config.sampling, f"{name}/assistant")
+    user = _speaker(run, config.user, config.user_sampling, f"{name}/user")
+    chunk = max(config.sampling.batch_size, config.user_sampling.batch_size)
+    path = run.path(f"{name}.jsonl")
+    with RecordWriter(path, key=lambda record: record["query_id"]) as writer:
+        expected = [query["id"] for query in queries]
+        if not writer.done <= set(expected):
+            raise InputError(f"{path}.partial: was begun with other queries; delete it to start anew")
+        with run.progress(name, len(queries), len(writer.done)) as progress:
+            for start in range(0, len(queries), chunk):
+                part = queries[start : start + chunk]
+                if all(query["id"] in writer.done for query in part):
+                    continue
+                for dialogue in play_chunk(part, assistant, user, n, config.max_turns, scorer, evaluation):
+                    if dialogue.query_id not in writer.done:
+                        writer.write(demonstration_record(dialogue))
+                        progress.advance()
+        writer.finish()
+    return summarize(read_records(path))
+
+
+def play_chunk(
+    queries: Sequence[Record],
+    assistant: Speaker,
+    user: Speaker,
+    n: int,
+    max_turns: int,
+    scorer: RewardScorer | None,
+    evaluation: frozenset[str],
+) -> list[Dialogue]:
+    """Play one dialogue per query, all of them turn by turn.
+
+    A dialogue ends after `max_turns` assistant turns, at a user turn that is empty or an evaluation query, or when no
+    candidate says anything. The last turn is the assistant's, save in a dialogue that never got an answer.
+    """
+    dialogues = [
+        Dialogue(query["id"], [{"role": "human", "text": query["text"]}], [[]]) for query in queries
+    ]
+    for turn in range(max_turns):
+        playing = [dialogue for dialogue in dialogues if dialogue.open]
+        if turn:
+            requests = [DialogueRequest(f"{dialogue.query_id}/{turn}", dialogue.turns) for dialogue in playing]
+            for dialogue, asked in zip(playing, user.reply(requests, "human"), strict=True):
+                dialogue.open = bool(asked.text) and plain_text(asked.text) not in evaluation
+                if dialogue.open:
+                    dialogue.add("human", asked.text, [])
+            playing = [dialogue for dialogue in playing if dialogue.open]
+        requests = [
+            DialogueRequest(f"{dialogue.query_id}/{turn}/{candidate}", dialogue.turns)
+            for dialogue in playing
+            for candidate in range(n)
+        ]
+        texts = [answer.text for answer in assistant.reply(requests, "assistant")]
+        for dialogue, candidates in zip(playing, _scored(playing, texts, n, scorer), strict=True):
+            chosen = choose(candidates)
+            dialogue.open = chosen is not None
+            if chosen is not None:
+                dialogue.add("assistant", chosen, candidates)
+            elif turn:
+                dialogue.turns.pop()
+                dialogue.candidates.pop()
+    return dialogues
+
+
+def choose(candidates: Sequence[dict[str, Any]]) -> str | None:
+    """The best-scored candidate that says anything (unscored: the first), in any order; None if all are empty."""
+    speaking = [candidate for candidate in candidates if candidate["text"]]
+    if not speaking:
+        return None
+    if speaking[0]["score"] is None:
+        return str(speaking[0]["text"])
+    texts = [candidate["text"] for candidate in speaking]
+    return texts[best_of(texts, [candidate["score"] for candidate in speaking])]
+
+
+def demonstration_record(dialogue: Dialogue) -> Record:
+    """A dialogue as demonstrations.jsonl has it."""
+    turns = zip(dialogue.turns, dialogue.candidates, strict=True)
+    return {
+        "query_id": dialogue.query_id,
+        "turns": [{"role": turn["role"], "text": turn["text"], "candidates": own} for turn, own in turns],
+    }
+
+
+def demonstration_turns(record: Record) -> list[Turn]:
+    """The dialogue of a record, without candidates."""
+    return [{"role": turn["role"], "text": turn["text"]} for turn in record["turns"]]
+
+
+def is_answered(record: Record) -> bool:
+    """Whether a demonstration has an answer, and so can be learned from."""
+    return record["turns"][-1]["role"] == "assistant"
+
+
+def evaluation_queries(run: Run) -> frozenset[str]:
+    """The texts that no demonstration may contain as a human turn; none if evaluation_queries.jsonl is missing."""
+    path = run.path("evaluation_queries.jsonl")
+    return frozenset(plain_text(record["text"]) for record in read_records(path)) if path.exists() else frozenset()
+
+
+def plain_text(text: str) -> str:
+    """A text as decontamination compares it: lower case, single spaces."""
+    return " ".join(text.lower().split())
+
+
+def summarize(records: Sequence[Record]) -> dict[str, Any]:
+    """How many dialogues and turns there are, how many went unanswered, and the mean score of kept and of all."""
+    turns = [turn for record in records for turn in record["turns"] if turn["role"] == "assistant"]
+    scored = [turn for turn in turns if turn["candidates"][0]["score"] is not None]
+    everything = [candidate["score"] for turn in scored for candidate in turn["candidates"]]
+    kept = [
+        max(candidate["score"] for candidate in turn["candidates"] if candidate["text"] == turn["text"])
+        for turn in scored
+    ]
+    return {
+        "dialogues": len(records),
+        "unanswered": sum(not is_answered(record) for record in records),
+        "assistant_turns": len(turns),
+        "mean_score_kept": sum(kept) / len(kept) if kept else None,
+        "mean_score_candidates": sum(everything) / len(everything) if everything else None,
+    }
+
+
+def _speaker(run: Run, prompted: PromptedModel, sampling: SamplingConfig, seed: str) -> Speaker:
+    return Speaker(run.model(prompted.model), demonstrations_text(prompted), sampling, run.seed(seed))
+
+
+def _scored(
+    dialogues: Sequence[Dialogue], texts: Sequence[str], n: int, scorer: RewardScorer | None
+) -> list[list[dict[str, Any]]]:
+    """Per dialogue its n candidates {text, score}."""
+    if scorer is None:
+        scores: list[float | None] = [None] * len(texts)
+    else:
+        answered: list[list[Turn]] = [
+            [*dialogues[place // n].turns, {"role": "assistant", "text": text}] for place, text in enumerate(texts)
+        ]
+        scores = [float(score) for score in scorer.score(answered)]
+    candidates = [{"text": text, "score": score} for text, score in zip(texts, scores, strict=True)]
+    return [candidates[place * n : (place + 1) * n] for place in range(len(dialogues))]

@@ -1,0 +1,330 @@
+r"""The pairwise reward model: a language model with a scalar head, trained on comparisons for one epoch.
+
+Its input is beginning of text, `"Human: {q}\n\nAssistant: {r}"`, end of text; its score is read at the end of text. A
+pair's two texts go through the model in one forward pass. The as-is reward model (`as_is_reward.py`) is trained by the
+same function on other pairs. Source: ALMoST (arXiv 2305.13735), section 2.2; the loss is Ouyang et al. 2022, eq. 1.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+
+from almost_jax.config import TrainingConfig
+from almost_jax.core.heads import add_head, sequence_scores
+from almost_jax.core.llama import LlamaConfig, Params
+from almost_jax.core.losses import LossTerms, pairwise_sums
+from almost_jax.core.partitioning import replicated
+from almost_jax.core.train import Batch, make_optimizer, make_train_step
+from almost_jax.errors import InputError
+from almost_jax.io.batches import batch_indices, epoch_order, pad
+from almost_jax.io.models import Model, load_model, save_model
+from almost_jax.io.records import read_records, write_bytes
+from almost_jax.io.run import Run
+from almost_jax.io.tokenizer import Tokenizer
+from almost_jax.sampling.sampler import decode_layout
+from almost_jax.sampling.scoring import score_sequences
+from almost_jax.stages.dialogues import dialogue_tokens, text_tokens
+from almost_jax.stages.pair_figures import pair_figures
+from almost_jax.stages.templates import Turn, render
+from almost_jax.stages.training import LENGTH_MULTIPLE, count_steps, fit, fixed_length, fresh_state
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """Two texts of which the first is preferred.
+
+    `group` is what the pair is about: pairs of one group are all trained on or all held out. `chosen` and `rejected`
+    are whole dialogues as text; `chosen_length` and `rejected_length` count the characters of the responses alone.
+    """
+
+    group: str
+    chosen: str
+    rejected: str
+    chosen_length: int
+    rejected_length: int
+
+
+class RewardScorer:
+    """Normalised scores of dialogues under a reward model."""
+
+    def __init__(self, model: Model, batch_size: int) -> None:
+        if model.kind != "reward":
+            raise InputError(f"model {model.name!r} is a {model.kind}, but scoring needs a reward model")
+        self.model = model
+        self.batch_size = batch_size
+        platform = next(iter(jax.tree.leaves(model.params)[0].devices())).platform
+        self._params, self._config = decode_layout(model.params, model.config, platform)
+
+    def score(self, dialogues: Sequence[Sequence[Turn]]) -> np.ndarray:
+        """Score each dialogue's last turn in the light of what came before.
+
+        Args:
+            dialogues: n dialogues that end with an assistant turn. An empty response has a score too, that of ending at
+                once; a dialogue without turns has none.
+
+        Returns:
+            [n] float32: mean 0 and standard deviation 1 over the model's reference samples.
+
+        Raises:
+            ValueError: a dialogue doesn't end with an assistant turn.
+        """
+        for dialogue in dialogues:
+            if not dialogue or dialogue[-1]["role"] != "assistant":
+                raise ValueError("only dialogues that end with an assistant turn have a score")
+        return self.score_tokens([dialogue_tokens(self.model.tokenizer, dialogue) for dialogue in dialogues])
+
+    def score_tokens(self, sequences: Sequence[Sequence[int]]) -> np.ndarray:
+        """Score rows of token ids that end with the end of text: [n] float32, normalised."""
+        if not sequences:
+            return np.zeros((0,), np.float32)
+        raw = score_sequences(
+            self._params, self._config, sequences, batch_size=self.batch_size, multiple=LENGTH_MULTIPLE
+        )
+        return normalize(raw, self.model.reward_mean, self.model.reward_std)
+
+
+def normalize(raw: np.ndarray, mean: float, std: float) -> np.ndarray:
+    """(raw - mean) / std in float32."""
+    return ((raw.astype(np.float64) - mean) / std).astype(np.float32)
+
+
+def reward_moments(raw: np.ndarray) -> tuple[float, float]:
+    """Mean and population standard deviation of raw scores [n].
+
+    Raises:
+        InputError: the scores are all the same, so that nothing can be normalised by them.
+    """
+    mean, std = float(raw.astype(np.float64).mean()), float(raw.astype(np.float64).std())
+    if not std > 0:
+        raise InputError(f"all {raw.size} reference samples have the score {mean}: the reward model learned nothing")
+    return mean, std
+
+
+def run_stage(run: Run) -> dict[str, Any]:
+    """Train on the kept pairs: queries.jsonl and comparisons.jsonl -> reward/model."""
+    config = run.config.reward
+    queries = {record["id"]: record["text"] for record in read_records(run.path("queries.jsonl"))}
+    kept = [record for record in read_records(run.path("comparisons.jsonl")) if record["kept"]]
+    pairs = [comparison_pair(queries, record) for record in kept]
+    return train_reward_model(
+        run,
+        "reward",
+        config.model,
+        pairs,
+        held_out=config.held_out,
+        reference_samples=config.reference_samples,
+        margin=config.margin,
+        centering=config.centering,
+        training=config.training,
+    )
+
+
+def comparison_pair(queries: dict[str, str], record: dict[str, Any]) -> Pair:
+    """A record of comparisons.jsonl as a pair, grouped by its query.
+
+    Raises:
+        InputError: the query isn't among the given ones.
+    """
+    query_id = record["query_id"]
+    if query_id not in queries:
+        raise InputError(f"comparisons.jsonl: query_id {query_id!r} is not in queries.jsonl; run both stages again")
+    return make_pair(query_id, queries[query_id], record["chosen"]["text"], record["rejected"]["text"])
+
+
+def make_pair(group: str, query: str, chosen: str, rejected: str) -> Pair:
+    """A pair of responses to one query."""
+
+    def dialogue(response: str) -> str:
+        return render([{"role": "human", "text": query}, {"role": "assistant", "text": response}])
+
+    return Pair(group, dialogue(chosen), dialogue(rejected), len(chosen), len(rejected))
+
+
+def split_pairs(pairs: Sequence[Pair], held_out: int, seed: int) -> tuple[list[Pair], list[Pair]]:
+    """Split into training and held-out pairs, group by group.
+
+    Args:
+        pairs: any pairs; a group's pairs stay together.
+        held_out: at least so many pairs are held out, the last group with all of its pairs.
+        seed: orders the groups, together with their names alone: another pair more or less doesn't reorder the rest.
+
+    Raises:
+        InputError: nothing is left to train on.
+    """
+
+    def place(group: str) -> bytes:
+        return hashlib.sha256(f"{seed}/{group}".encode()).digest()
+
+    sizes: dict[str, int] = {}
+    for pair in pairs:
+        sizes[pair.group] = sizes.get(pair.group, 0) + 1
+    kept_out: set[str] = set()
+    taken = 0
+    for group in sorted(sizes, key=place):
+        if taken >= held_out:
+            break
+        kept_out.add(group)
+        taken += sizes[group]
+    train = [pair for pair in pairs if pair.group not in kept_out]
+    if not train:
+        raise InputError(f"held_out: {held_out} leaves none of {len(pairs)} pairs to train on; hold out fewer")
+    return train, [pair for pair in pairs if pair.group in kept_out]
+
+
+def train_reward_model(
+    run: Run,
+    name: str,
+    model_name: str,
+    pairs: Sequence[Pair],
+    *,
+    held_out: int,
+    reference_samples: int,
+    margin: float,
+    centering: float,
+    training: TrainingConfig,
+) -> dict[str, Any]:
+    """Train a reward model on pairs and save it with the moments of its scores.
+
+    Args:
+        run: the run.
+        name: the stage: its folder gets model/, checkpoints/, metrics.jsonl and evaluation.json.
+        model_name: the config's name of the vanilla model to start from.
+        pairs: all pairs, held-out ones included.
+        held_out: how many pairs to hold out for accuracy.
+        reference_samples: how many texts of the training pairs the scores are normalised on.
+        margin, centering: options of the loss, see `core.losses.pairwise_sums`; 0 is the paper's.
+        training: epochs, batch size, optimizer.
+
+    Returns:
+        The summary, which evaluation.json holds too: numbers of pairs, and `pair_figures` on the held-out ones.
+    """
+    source = run.model(model_name)
+    tokenizer = source.tokenizer
+    fitting, rows, longest = _tokenized(tokenizer, pairs, training.max_length)
+    train, test = split_pairs(fitting, held_out, run.seed(f"{name}/split"))
+    run.say(f"{name}: {len(train)} pairs to train on, {len(test)} held out, {len(pairs) - len(fitting)} too long")
+    length = fixed_length(longest)
+    batches_seed, batch_size = run.seed(f"{name}/batches"), training.batch_size
+
+    def batch_at(step: int) -> dict[str, np.ndarray]:
+        chosen = [train[index] for index in batch_indices(step, batch_size, len(train), batches_seed)]
+        return pair_batch([(rows[pair.chosen], rows[pair.rejected]) for pair in chosen], length, tokenizer.pad_id)
+
+    def scores(params: Params, texts: Sequence[str]) -> np.ndarray:
+        if not texts:
+            return np.zeros((0,), np.float32)
+        flat, config = decode_layout(params, source.config, jax.default_backend())
+        sequences = [rows[text] for text in texts]
+        return score_sequences(flat, config, sequences, batch_size=2 * batch_size, multiple=length)
+
+    def evaluate(params: Params) -> dict[str, float]:
+        if not test:
+            return {}
+        chosen = scores(params, [pair.chosen for pair in test])
+        rejected = scores(params, [pair.rejected for pair in test])
+        return {"held_out_accuracy": float(np.mean(0.5 + 0.5 * np.sign(chosen - rejected)))}
+
+    total_steps = count_steps(training, len(train))
+    optimizer = make_optimizer(training.optimizer, total_steps)
+    train_step = make_train_step(
+        functools.partial(pair_loss_sums, config=source.config, margin=margin, centering=centering),
+        optimizer,
+        training.micro_batches,
+    )
+    with jax.set_mesh(run.mesh):
+        params = start_params(source, run.seed(f"{name}/head"), run.mesh)
+        state = fresh_state(params, optimizer, run.mesh)
+        state = fit(run, name, state, train_step, batch_at, total_steps, training, evaluate)
+        reference = reference_texts(train, reference_samples, run.seed(f"{name}/reference"))
+        mean, std = reward_moments(scores(state.params, reference))
+        chosen_scores = scores(state.params, [pair.chosen for pair in test])
+        rejected_scores = scores(state.params, [pair.rejected for pair in test])
+    model = dataclasses.replace(
+        source, params=state.params, kind="reward", reward_mean=mean, reward_std=std, name=f"{run.config.name}/{name}"
+    )
+    save_model(run.path(name, "model"), model)
+    summary = {
+        "pairs": len(train),
+        "too_long": len(pairs) - len(fitting),
+        "steps": total_steps,
+        "reward_mean": mean,
+        "reward_std": std,
+        **_held_out_figures(test, chosen_scores - rejected_scores, std),
+    }
+    write_bytes(run.path(name, "evaluation.json"), (json.dumps(summary, indent=1) + "\n").encode())
+    return summary
+
+
+def start_params(source: Model, seed: int, mesh: jax.sharding.Mesh) -> Params:
+    """The vanilla model's tree with a fresh head, normal(1 / sqrt(D + 1)) as in Stiennon et al. 2020.
+
+    A zero head would hold back the gradient of everything below it for as long as small steps need to move it.
+    """
+    stddev = (source.config.hidden_size + 1) ** -0.5
+    params = add_head(source.params, source.config, jax.random.key(seed), stddev)
+    return {**params, "score": jax.device_put(params["score"], replicated(mesh))}
+
+
+def pair_batch(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], length: int, pad_id: int) -> dict[str, np.ndarray]:
+    """Pairs of token rows as arrays: tokens [B, 2, T] int32 and lengths [B, 2] int32, chosen before rejected."""
+    tokens, lengths = pad([row for pair in pairs for row in pair], length, pad_id)
+    return {"tokens": tokens.reshape(len(pairs), 2, length), "lengths": lengths.reshape(len(pairs), 2)}
+
+
+def pair_loss_sums(
+    params: Params, batch: Batch, *, config: LlamaConfig, margin: float, centering: float
+) -> LossTerms:
+    """The ranking loss of a batch of pairs, both texts of a pair in one forward pass of 2B rows.
+
+    Args:
+        params: a tree with a head.
+        batch: from `pair_batch`.
+        config: the model's shape.
+        margin, centering: see `core.losses.pairwise_sums`.
+
+    Returns:
+        Sum of losses, number of pairs, metrics.
+    """
+    batch_size, _, length = batch["tokens"].shape
+    flat, config = decode_layout(params, config, jax.default_backend())
+    scores: Array = sequence_scores(
+        flat, config, batch["tokens"].reshape(2 * batch_size, length), batch["lengths"].reshape(2 * batch_size)
+    ).reshape(batch_size, 2)
+    return pairwise_sums(scores[:, 0], scores[:, 1], margin, centering)
+
+
+def reference_texts(train: Sequence[Pair], count: int, seed: int) -> list[str]:
+    """The texts whose scores the model is normalised on: `count` of those in the training pairs, chosen by `seed`."""
+    texts = list(dict.fromkeys(text for pair in train for text in (pair.chosen, pair.rejected)))
+    return [texts[index] for index in epoch_order(seed, 0, len(texts))[:count]]
+
+
+def load_reward_model(run: Run, name: str) -> Model:
+    """The model that a reward stage has saved."""
+    return load_model(str(run.path(name, "model")), run.mesh, run.config.compute_dtype)
+
+
+def _tokenized(
+    tokenizer: Tokenizer, pairs: Sequence[Pair], max_length: int
+) -> tuple[list[Pair], dict[str, list[int]], int]:
+    """The pairs whose texts both fit, the tokens of every text, and the longest fitting text's length."""
+    rows = {text: text_tokens(tokenizer, text) for pair in pairs for text in (pair.chosen, pair.rejected)}
+    fitting = [pair for pair in pairs if max(len(rows[pair.chosen]), len(rows[pair.rejected])) <= max_length]
+    if not fitting:
+        raise InputError(f"training.max_length: none of {len(pairs)} pairs fits into {max_length} tokens")
+    longest = max(len(rows[text]) for pair in fitting for text in (pair.chosen, pair.rejected))
+    return fitting, rows, longest
+
+
+def _held_out_figures(test: Sequence[Pair], margins: np.ndarray, std: float) -> dict[str, Any]:
+    if not test:
+        return {"held_out": 0}
+    gaps = np.array([pair.chosen_length - pair.rejected_length for pair in test])
+    return pair_figures(margins / np.float32(std), gaps)

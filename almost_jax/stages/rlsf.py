@@ -1,0 +1,424 @@
+"""Reinforcement learning from synthetic feedback: PPO from the SFT policy against the reward model.
+
+A step: sample responses to a batch of the demonstrations' queries, score them, spread score and KL penalty over
+tokens, estimate advantages, update policy and critic on mini-batches. Source: ALMoST (arXiv 2305.13735), section 2.4;
+Schulman et al. 2017; Ziegler et al. 2019; details after Huang et al., "The N Implementation Details of RLHF with PPO",
+2023.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+from jax import Array
+
+from almost_jax.config import PpoConfig
+from almost_jax.core.heads import add_head
+from almost_jax.core.llama import Params
+from almost_jax.core.losses import LossTerms, length_mask
+from almost_jax.core.partitioning import replicated
+from almost_jax.core.rl import policy_loss, ppo_loss, update_kl_coef, value_loss
+from almost_jax.core.train import (
+    TrainState,
+    accumulate_gradients,
+    apply_gradients,
+    learning_rate_schedule,
+    make_optimizer,
+)
+from almost_jax.errors import InputError
+from almost_jax.io.batches import batch_indices, epoch_order, pad
+from almost_jax.io.checkpoints import Checkpoints
+from almost_jax.io.models import Model, load_model, save_model
+from almost_jax.io.records import Record, read_records, write_records
+from almost_jax.io.run import Run
+from almost_jax.sampling.rules import SamplingRules
+from almost_jax.sampling.sampler import Samples, decode_layout, sample
+from almost_jax.stages.dialogues import prompt_tokens
+from almost_jax.stages.prompting import sampling_rules
+from almost_jax.stages.reward import load_reward_model
+from almost_jax.stages.rollouts import Experience, Players, experience, judge, response_logprobs, response_values
+from almost_jax.stages.templates import LABELS
+from almost_jax.stages.training import (
+    CHECKPOINTS_KEPT,
+    abstract,
+    checkpoint_folder,
+    fixed_length,
+    fresh_state,
+    host_figures,
+    place_batch,
+)
+
+NAME = "rlsf"
+# Rollouts of a batch that are written to samples.jsonl.
+SAMPLES_SHOWN = 8
+
+Update: TypeAlias = Callable[["PpoState", Experience, Array], tuple["PpoState", dict[str, Array]]]
+
+
+@struct.dataclass
+class PpoState:
+    """What a step reads and writes: policy and critic with their optimizers, and the KL coefficient, float32 scalar."""
+
+    policy: TrainState
+    critic: TrainState
+    kl_coef: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Actors:
+    """The frozen models and static facts of a run."""
+
+    sft: Model
+    reward: Model
+    players: Players
+    rules: SamplingRules
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """Queries as token rows: ids and texts, tokens [n, P] int32, lengths [n] int32."""
+
+    texts: list[str]
+    tokens: np.ndarray
+    lengths: np.ndarray
+
+
+def run_stage(run: Run) -> dict[str, Any]:
+    """Train by PPO: sft/model, reward/model, demonstrations.jsonl -> rlsf/model, rlsf/policies/STEP, samples.jsonl.
+
+    Stopped and resumed, it leaves the same bytes as if it had never stopped: all randomness is a function of seed and
+    step, and the checkpoint holds the rest, the KL coefficient included.
+
+    Raises:
+        InputError: the models don't fit together, or a config value can't work.
+        TrainingDiverged: a loss, a KL or a reward is not finite.
+    """
+    ppo = run.config.ppo
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.set_mesh(run.mesh))
+        actors = load_actors(run)
+        prompts = load_prompts(run, actors.sft, ppo.max_prompt_length)
+        check_positions(actors, prompts.tokens.shape[1])
+        policy_optimizer, critic_optimizer = make_optimizers(ppo)
+        state = start_state(run, actors, policy_optimizer, critic_optimizer)
+        checkpoints = Checkpoints(checkpoint_folder(run, NAME), keep=CHECKPOINTS_KEPT)
+        stack.callback(checkpoints.close)
+        found = checkpoints.restore(abstract(state))
+        start = 0
+        if found is not None:
+            start, state, _ = found
+        else:
+            save_policy(run, actors, state, 0)
+        shown = _records_until(run, start)
+        metrics = run.metrics(NAME, start)
+        stack.callback(metrics.close)
+        warming, training = (
+            make_update(actors.players, ppo, policy_optimizer, critic_optimizer, trains) for trains in (False, True)
+        )
+        progress = stack.enter_context(run.progress(NAME, ppo.steps, start))
+        for step in range(start + 1, ppo.steps + 1):
+            update = training if step > ppo.critic_warmup_steps else warming
+            rows = batch_indices(step - 1, ppo.batch_size, len(prompts.texts), run.seed("rlsf/prompts"))
+            state, samples, on_device = ppo_step(run, state, actors, prompts, rows, step, update)
+            row_kl, row_score = (np.asarray(on_device.pop(name)) for name in ("row_kl", "row_score"))
+            figures = host_figures(NAME, step, on_device, checkpoints)
+            figures["learning_rate"] = policy_learning_rate(ppo, step)
+            state = state.replace(kl_coef=next_kl_coef(state.kl_coef, figures["kl"], ppo))
+            last = step == ppo.steps
+            if step % ppo.log_every == 0 or last:
+                metrics.log(step, figures)
+            if step % ppo.sample_every == 0 or step == 1 or last:
+                shown += sample_records(actors, prompts, rows, samples, row_score, row_kl, step)
+                write_records(run.path(NAME, "samples.jsonl"), shown)
+            if step % ppo.sample_every == 0 or last:
+                save_policy(run, actors, state, step)
+            if step % ppo.checkpoint_every == 0 or last:
+                checkpoints.save(step, state, {})
+            progress.advance(1, reward=figures["reward"], kl=figures["kl"])
+        save_model(run.path(NAME, "model"), policy_model(run, actors, state))
+        metrics.close()
+    final = read_records(run.path(NAME, "metrics.jsonl"))[-1]
+    kept = ("reward", "kl", "missing_eos", "response_length", "kl_coef")
+    return {"steps": ppo.steps, "queries": len(prompts.texts), **{name: final[name] for name in kept}}
+
+
+def ppo_step(
+    run: Run, state: PpoState, actors: Actors, prompts: Prompts, rows: np.ndarray, step: int, update: Update
+) -> tuple[PpoState, Samples, dict[str, Any]]:
+    """One step: rollouts of the prompts at `rows`, and all updates on them.
+
+    Args:
+        run: for its config, mesh and seeds.
+        state: is donated.
+        actors: the frozen models.
+        prompts: all of them.
+        rows: [B] indices of this step's prompts.
+        step: counted from 1; with the run's seed it decides what is sampled.
+        update: from `make_update`.
+
+    Returns:
+        The next state, the samples, and figures: those of `experience`, the mean over updates of theirs, the KL
+        coefficient of this step, and `sampler_gap`, the largest difference between the sampler's log-probs and the
+        trainer's.
+    """
+    ppo = run.config.ppo
+    batch = place_batch({"tokens": prompts.tokens[rows], "lengths": prompts.lengths[rows]}, run.mesh)
+    key = jax.random.fold_in(jax.random.key(run.seed("rlsf/samples")), step)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(rows)))
+    params, config = decode_layout(state.policy.params, actors.players.policy, jax.default_backend())
+    samples = sample(params, config, batch["tokens"], batch["lengths"], keys, None, actors.rules)
+    rollouts = judge(
+        state.policy.params,
+        actors.sft.params,
+        state.critic.params,
+        actors.reward.params,
+        batch["tokens"],
+        batch["lengths"],
+        samples,
+        actors.players,
+        ppo.num_mini_batches * ppo.micro_batches,
+    )
+    learned, figures = experience(rollouts, state.kl_coef, actors.players, ppo)
+    mask = length_mask(samples.lengths, samples.tokens.shape[1])
+    figures["sampler_gap"] = jnp.max(jnp.abs(samples.logprobs - rollouts.logprobs), initial=0.0, where=mask)
+    figures["kl_coef"] = jnp.copy(state.kl_coef)
+    every = []
+    for epoch in range(ppo.num_ppo_epochs):
+        order = epoch_order(run.seed("rlsf/mini_batches"), (step - 1) * ppo.num_ppo_epochs + epoch, len(rows))
+        for part in np.split(order.astype(np.int32), ppo.num_mini_batches):
+            state, own = update(state, learned, part)
+            every.append(own)
+    fetched = jax.device_get(every)
+    return state, samples, {**figures, **{name: np.mean([own[name] for own in fetched]) for name in fetched[0]}}
+
+
+def make_update(
+    players: Players,
+    ppo: PpoConfig,
+    policy_optimizer: optax.GradientTransformation,
+    critic_optimizer: optax.GradientTransformation,
+    trains_policy: bool,
+) -> Update:
+    """A jitted update (state, experience, rows [M] int32 of the mini-batch) -> (state, figures); donates the state.
+
+    Without `trains_policy` only the critic is updated (`ppo.critic_warmup_steps`).
+    """
+
+    def update(state: PpoState, learned: Experience, rows: Array) -> tuple[PpoState, dict[str, Array]]:
+        batch = {
+            field.name: getattr(learned, field.name)[rows] for field in dataclasses.fields(learned)
+        }
+        params = {"policy": state.policy.params, "critic": state.critic.params}
+
+        def loss_sums(params: Params, part: dict[str, Array]) -> LossTerms:
+            return ppo_loss_sums(params, part, players, ppo)
+
+        grads, figures = accumulate_gradients(loss_sums, params, batch, ppo.micro_batches)
+        figures["critic_grad_norm"] = optax.global_norm(grads["critic"])
+        critic = apply_gradients(state.critic, grads["critic"], critic_optimizer)
+        policy = state.policy
+        if trains_policy:
+            figures["policy_grad_norm"] = optax.global_norm(grads["policy"])
+            policy = apply_gradients(policy, grads["policy"], policy_optimizer)
+        return PpoState(policy, critic, state.kl_coef), figures
+
+    return jax.jit(update, donate_argnums=0)
+
+
+def ppo_loss_sums(params: Params, batch: dict[str, Array], players: Players, ppo: PpoConfig) -> LossTerms:
+    """PPO's loss over a micro-batch.
+
+    Args:
+        params: {"policy": tree, "critic": tree with a head}.
+        batch: the fields of `Experience` by name.
+        players: the models' shapes.
+        ppo: clip ranges and weights of the terms.
+
+    Returns:
+        Sum of losses, number of unmasked tokens, metrics.
+    """
+    platform = jax.default_backend()
+    policy, policy_config = decode_layout(params["policy"], players.policy, platform)
+    critic, critic_config = decode_layout(params["critic"], players.critic, platform)
+    players = dataclasses.replace(players, policy=policy_config, critic=critic_config)
+    tokens, starts, responses = batch["tokens"], batch["prompt_lengths"], batch["responses"]
+    mask = length_mask(batch["lengths"], responses.shape[1])
+    logprobs, entropies = response_logprobs(policy, players.policy, tokens, starts, responses, players.temperature)
+    values = response_values(critic, players, tokens, starts, responses.shape[1])
+    return ppo_loss(
+        policy_loss(logprobs, batch["old_logprobs"], batch["advantages"], mask, ppo.cliprange),
+        value_loss(values, batch["old_values"], batch["returns"], mask, ppo.cliprange_value),
+        entropies,
+        mask,
+        ppo.vf_coef,
+        ppo.entropy_coef,
+    )
+
+
+def load_actors(run: Run) -> Actors:
+    """Load SFT policy and reward model, and fix everything static.
+
+    Raises:
+        InputError: they have different tokenizers, or the sampling temperature is 0.
+    """
+    ppo = run.config.ppo
+    sft = load_model(str(run.path("sft", "model")), run.mesh, run.config.compute_dtype)
+    reward = load_reward_model(run, "reward")
+    if sft.tokenizer.fingerprint != reward.tokenizer.fingerprint:
+        raise InputError("reward.model and sft.model must share a tokenizer: the one reads the other's tokens")
+    if ppo.sampling.temperature == 0:
+        raise InputError("ppo.sampling.temperature is 0, but a greedy policy has no gradient; it must be positive")
+    tokenizer = sft.tokenizer
+    # A policy that goes on with the human's part has stopped too, though it doesn't count as an end.
+    human = tokenizer.single_token(LABELS["human"])
+    stops = tuple(sorted({tokenizer.eos_id} | ({human} if human is not None else set())))
+    rules = sampling_rules(ppo.sampling, stops)
+    normalizes = ppo.critic == "reward_model" and ppo.normalize_reward
+    players = Players(
+        policy=sft.config,
+        critic=reward.config if ppo.critic == "reward_model" else sft.config,
+        reward=reward.config,
+        temperature=rules.logprob_temperature,
+        stop_tokens=stops,
+        eos_id=tokenizer.eos_id,
+        reward_mean=reward.reward_mean,
+        reward_std=reward.reward_std,
+        value_shift=reward.reward_mean if normalizes else 0.0,
+        value_scale=reward.reward_std if normalizes else 1.0,
+    )
+    return Actors(sft, reward, players, rules)
+
+
+def load_prompts(run: Run, model: Model, max_length: int) -> Prompts:
+    """The demonstrations' queries as prompts of one padded length; longer ones are dropped and counted.
+
+    Raises:
+        InputError: none fits.
+    """
+    records = read_records(run.path("demonstrations.jsonl"))
+    texts = list(dict.fromkeys(record["turns"][0]["text"] for record in records))
+    rows = [prompt_tokens(model.tokenizer, [{"role": "human", "text": text}]) for text in texts]
+    fitting = [(text, row) for text, row in zip(texts, rows, strict=True) if len(row) <= max_length]
+    if not fitting:
+        raise InputError(f"ppo.max_prompt_length: none of {len(texts)} queries fits into {max_length} tokens")
+    run.say(f"{NAME}: {len(fitting)} queries, {len(texts) - len(fitting)} too long")
+    width = fixed_length(max(len(row) for _, row in fitting))
+    tokens, lengths = pad([row for _, row in fitting], width, model.tokenizer.pad_id)
+    return Prompts([text for text, _ in fitting], tokens, lengths)
+
+
+def check_positions(actors: Actors, width: int) -> None:
+    """Refuse prompts and responses that don't fit into a model's positions together.
+
+    Raises:
+        InputError: they don't.
+    """
+    needed = width + actors.rules.max_new_tokens + 1
+    for name, config in (("sft", actors.players.policy), ("reward", actors.players.reward)):
+        if needed > config.max_position_embeddings:
+            raise InputError(
+                f"ppo: prompts of {width} tokens + max_new_tokens {actors.rules.max_new_tokens} + 1 exceed the "
+                f"{config.max_position_embeddings} positions of the {name} model; lower one of the two"
+            )
+
+
+def make_optimizers(ppo: PpoConfig) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
+    """Policy's and critic's optimizer: the same but for the learning rate and the policy's later start."""
+    per_step = ppo.num_ppo_epochs * ppo.num_mini_batches
+    critic = ppo.optimizer.model_copy(update={"learning_rate": ppo.value_learning_rate})
+    return (
+        make_optimizer(ppo.optimizer, max(ppo.steps - ppo.critic_warmup_steps, 1) * per_step),
+        make_optimizer(critic, ppo.steps * per_step),
+    )
+
+
+def policy_learning_rate(ppo: PpoConfig, step: int) -> float:
+    """The policy's learning rate at the first update of a step, counted from 1; 0 while only the critic is trained."""
+    if step <= ppo.critic_warmup_steps:
+        return 0.0
+    per_step = ppo.num_ppo_epochs * ppo.num_mini_batches
+    schedule = learning_rate_schedule(ppo.optimizer, max(ppo.steps - ppo.critic_warmup_steps, 1) * per_step)
+    return float(schedule((step - 1 - ppo.critic_warmup_steps) * per_step))
+
+
+def start_state(
+    run: Run,
+    actors: Actors,
+    policy_optimizer: optax.GradientTransformation,
+    critic_optimizer: optax.GradientTransformation,
+) -> PpoState:
+    """The state before the first step: the SFT policy, and a critic.
+
+    The critic is the reward model with its own head, or the SFT model with a zero head, which predicts 0 (Huang et al.
+    2023, detail on value heads).
+    """
+    if run.config.ppo.critic == "reward_model":
+        critic = actors.reward.params
+    else:
+        critic = add_head(actors.sft.params, actors.sft.config, jax.random.key(0), stddev=0.0)
+        critic = {**critic, "score": jax.device_put(critic["score"], replicated(run.mesh))}
+    return PpoState(
+        fresh_state(actors.sft.params, policy_optimizer, run.mesh),
+        fresh_state(critic, critic_optimizer, run.mesh),
+        jax.device_put(jnp.float32(run.config.ppo.kl_coef), replicated(run.mesh)),
+    )
+
+
+def next_kl_coef(kl_coef: Array, observed: float, ppo: PpoConfig) -> Array:
+    """The KL coefficient of the next step: the same, or the adaptive controller's."""
+    if ppo.kl_controller == "fixed":
+        return kl_coef
+    return jax.device_put(
+        update_kl_coef(kl_coef, observed, ppo.kl_target, ppo.kl_horizon, ppo.batch_size), kl_coef.sharding
+    )
+
+
+def sample_records(
+    actors: Actors,
+    prompts: Prompts,
+    rows: np.ndarray,
+    samples: Samples,
+    scores: np.ndarray,
+    kls: np.ndarray,
+    step: int,
+) -> list[Record]:
+    """The first rollouts of a step, to be read by people."""
+    shown = range(min(SAMPLES_SHOWN, len(rows)))
+    tokens, lengths, stopped = (np.asarray(array) for array in (samples.tokens, samples.lengths, samples.stopped))
+    records: list[Record] = []
+    for row in shown:
+        content = tokens[row, : lengths[row] - int(stopped[row])].tolist()
+        ends = stopped[row] and tokens[row, lengths[row] - 1] == actors.players.eos_id
+        records.append(
+            {
+                "step": step,
+                "query": prompts.texts[rows[row]],
+                "response": actors.sft.tokenizer.decode(content),
+                "finish": "eos" if ends else "stop" if stopped[row] else "length",
+                "score": float(scores[row]),
+                "kl": float(kls[row]),
+            }
+        )
+    return records
+
+
+def policy_model(run: Run, actors: Actors, state: PpoState) -> Model:
+    """The policy as a model to save."""
+    return dataclasses.replace(actors.sft, params=state.policy.params, name=f"{run.config.name}/{NAME}")
+
+
+def save_policy(run: Run, actors: Actors, state: PpoState, step: int) -> None:
+    """Save a snapshot of the policy after `step` steps, for the curve of quality against KL."""
+    save_model(run.path(NAME, "policies", str(step)), policy_model(run, actors, state))
+
+
+def _records_until(run: Run, step: int) -> list[Record]:
+    """The samples already written, up to the step that training goes on from."""
+    path = run.path(NAME, "samples.jsonl")
+    return [record for record in read_records(path) if record["step"] <= step] if path.exists() else []

@@ -1,0 +1,161 @@
+"""The loop that SFT and both reward models share: steps, progress, metrics, checkpoints, exact resume."""
+
+import contextlib
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from almost_jax.config import TrainingConfig
+from almost_jax.core.llama import Params
+from almost_jax.core.partitioning import batch_sharding, replicated
+from almost_jax.core.train import Batch, TrainState, learning_rate_schedule
+from almost_jax.errors import InputError, TrainingDiverged
+from almost_jax.io.batches import bucket_length
+from almost_jax.io.checkpoints import Checkpoints
+from almost_jax.io.run import Run
+
+HostBatch: TypeAlias = Mapping[str, np.ndarray]
+TrainStep: TypeAlias = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
+
+# Rows are padded to a multiple of this many tokens.
+LENGTH_MULTIPLE = 16
+# The last checkpoint and the one before it, in case the last is torn.
+CHECKPOINTS_KEPT = 2
+
+
+def fresh_state(params: Params, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> TrainState:
+    """A state at step 0 that owns its memory: the given parameters are copied, so that steps may donate the state.
+
+    Args:
+        params: the tree to start from, placed on the mesh.
+        optimizer: its moments take the parameters' shardings; its counters are replicated.
+        mesh: where the state lives.
+    """
+    whole = replicated(mesh)
+
+    def place(leaf: jax.Array) -> jax.Array:
+        return jax.device_put(leaf, whole) if leaf.ndim == 0 else leaf
+
+    own = jax.tree.map(jnp.copy, params)
+    return TrainState(place(jnp.zeros((), jnp.int32)), own, jax.tree.map(place, optimizer.init(own)))
+
+
+def place_batch(batch: HostBatch, mesh: jax.sharding.Mesh) -> Batch:
+    """Put a batch of NumPy arrays [B, ...] on the mesh, rows split over data and fsdp.
+
+    Raises:
+        InputError: B can't be split evenly.
+    """
+    rows, sharding = next(iter(batch.values())).shape[0], batch_sharding(mesh)
+    split = mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % split:
+        raise InputError(f"batch_size: {rows} rows can't be split over data x fsdp = {split} devices; use a multiple")
+    return {name: jax.device_put(array, sharding) for name, array in batch.items()}
+
+
+def abstract(tree: Any) -> Any:
+    """Shapes, dtypes and shardings of a tree of arrays: what a checkpoint is restored into."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def count_steps(training: TrainingConfig, examples: int) -> int:
+    """Updates in `training.epochs` passes over the examples; the last, incomplete batch is dropped."""
+    return max(training.epochs * examples // training.batch_size, 1)
+
+
+def fixed_length(longest: int) -> int:
+    """The one length that every row of a data set is padded to, so that one program is compiled."""
+    return bucket_length(longest, LENGTH_MULTIPLE)
+
+
+def host_figures(name: str, step: int, figures: Mapping[str, Any], checkpoints: Checkpoints) -> dict[str, float]:
+    """Fetch a step's figures.
+
+    Args:
+        name: the stage, for the message.
+        step: the update that made them.
+        figures: scalars on the device.
+        checkpoints: where the last good state is.
+
+    Raises:
+        TrainingDiverged: one of them is not finite.
+    """
+    values = {key: float(value) for key, value in jax.device_get(dict(figures)).items()}
+    bad = [f"{key} is {value}" for key, value in values.items() if not math.isfinite(value)]
+    if bad:
+        steps = checkpoints.steps()
+        good = f"the last good checkpoint is step {max(steps)}" if steps else "there is no checkpoint before it"
+        raise TrainingDiverged(f"{name}: diverged at step {step}: {', '.join(bad)}; {good}")
+    return values
+
+
+def checkpoint_folder(run: Run, name: str) -> Path:
+    """Where a stage keeps its training state."""
+    return run.path(name) / "checkpoints"
+
+
+def fit(
+    run: Run,
+    name: str,
+    state: TrainState,
+    train_step: TrainStep,
+    batch_at: Callable[[int], HostBatch],
+    total_steps: int,
+    training: TrainingConfig,
+    evaluate: Callable[[Params], dict[str, float]] | None,
+) -> TrainState:
+    """Train to `total_steps`, going on from the last checkpoint if there is one.
+
+    State, metrics and the order of batches after a stop and a resume are those of a run that never stopped: a batch is
+    a function of its step, the checkpoint holds the optimizer too, and metrics behind it are written anew.
+
+    Args:
+        run: the run; metrics go to NAME/metrics.jsonl, states to NAME/checkpoints.
+        name: the stage.
+        state: the state at step 0; its memory is donated.
+        train_step: from `core.train.make_train_step`.
+        batch_at: number of updates done -> the next batch, arrays [B, ...].
+        total_steps: updates in all.
+        training: when to log and to save; its optimizer's schedule is logged.
+        evaluate: parameters -> figures, called whenever a checkpoint is saved and logged with it.
+
+    Returns:
+        The state after `total_steps` updates.
+
+    Raises:
+        TrainingDiverged: a figure is not finite.
+        InputError: the batch can't be split over the mesh, or the checkpoint has other shapes.
+    """
+    schedule = learning_rate_schedule(training.optimizer, total_steps)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.set_mesh(run.mesh))
+        checkpoints = Checkpoints(checkpoint_folder(run, name), keep=CHECKPOINTS_KEPT)
+        stack.callback(checkpoints.close)
+        found = checkpoints.restore(abstract(state))
+        start = 0
+        if found is not None:
+            start, state, _ = found
+        metrics = run.metrics(name, start)
+        stack.callback(metrics.close)
+        progress = stack.enter_context(run.progress(name, total_steps, start))
+        for step in range(start + 1, total_steps + 1):
+            state, on_device = train_step(state, place_batch(batch_at(step - 1), run.mesh))
+            saves = step % training.checkpoint_every == 0 or step == total_steps
+            if not saves and step % training.log_every:
+                progress.advance(1)
+                continue
+            figures = host_figures(name, step, on_device, checkpoints)
+            figures["learning_rate"] = float(schedule(step - 1))
+            if saves and evaluate is not None:
+                figures |= evaluate(state.params)
+            metrics.log(step, figures)
+            if saves:
+                checkpoints.save(step, state, {})
+            progress.advance(1, loss=figures["loss"])
+    return state
