@@ -125,11 +125,11 @@ def _check(
         seen.add(request.id)
         if not request.prompt:
             raise InputError(f"request {request.id!r} has an empty prompt; give it at least one token")
-        positions = len(prefix_tokens) + len(request.prompt) + rules.max_new_tokens
-        if positions > config.max_position_embeddings:
+        needed = len(prefix_tokens) + len(request.prompt) + rules.max_new_tokens
+        if needed > config.max_position_embeddings:
             raise InputError(
                 f"request {request.id!r}: prefix {len(prefix_tokens)} + prompt {len(request.prompt)} + max_new_tokens "
-                f"{rules.max_new_tokens} = {positions} tokens, but the model has {config.max_position_embeddings} positions"
+                f"{rules.max_new_tokens} = {needed} tokens exceed the model's {config.max_position_embeddings} positions"
             )
         _check_tokens(f"request {request.id!r}", request.prompt, config.vocab_size)
     _check_tokens("prefix", prefix_tokens, config.vocab_size)

@@ -52,14 +52,16 @@ def draw(logits: Array, keys: Array, rules: SamplingRules) -> tuple[Array, Array
         vocabulary, whatever top-k and top-p cut away.
     """
     scaled = logits / rules.logprob_temperature
+    peak = scaled.max(axis=1, keepdims=True)
+    weights = jnp.exp(scaled - peak)
     if rules.temperature == 0:
-        tokens = jnp.argmax(scaled, axis=-1)
+        tokens = jnp.argmax(scaled, axis=1)
+    elif rules.top_k == 0 and rules.top_p == 1:
+        tokens = _pick(weights, keys)
     else:
-        noise = jax.vmap(lambda key: jax.random.gumbel(key, scaled.shape[1:], jnp.float32))(keys)
-        allowed = scaled if _keeps_all(rules) else jnp.where(nucleus(scaled, rules), scaled, -jnp.inf)
-        tokens = jnp.argmax(allowed + noise, axis=-1)
+        tokens = _pick(jnp.where(nucleus(scaled, rules), weights, 0.0), keys)
     chosen = jnp.take_along_axis(scaled, tokens[:, None], axis=1)[:, 0]
-    return tokens.astype(jnp.int32), chosen - jax.nn.logsumexp(scaled, axis=-1)
+    return tokens.astype(jnp.int32), chosen - peak[:, 0] - jnp.log(weights.sum(axis=1))
 
 
 def nucleus(scaled: Array, rules: SamplingRules) -> Array:
@@ -85,8 +87,15 @@ def nucleus(scaled: Array, rules: SamplingRules) -> Array:
     return keep
 
 
-def _keeps_all(rules: SamplingRules) -> bool:
-    return rules.top_k == 0 and rules.top_p == 1
+def _pick(weights: Array, keys: Array) -> Array:
+    """Draw from each row's weights [B, V] by inverting their running sum: one random number a row, not V.
+
+    Only the sum where a weight is above 0 counts: rounding, which may leave a running sum uneven by its last bit, then
+    can't pick a token of weight 0.
+    """
+    sums = jnp.where(weights > 0, jnp.cumsum(weights, axis=1), 0.0)
+    uniform = jax.vmap(lambda key: jax.random.uniform(key, (), jnp.float32))(keys)
+    return jnp.argmax(sums > (uniform * sums.max(axis=1))[:, None], axis=1)
 
 
 def _top_p(weights: Array, top_p: float) -> Array:
@@ -104,11 +113,12 @@ def _top_p(weights: Array, top_p: float) -> Array:
         return jnp.where(mass >= target, higher, edge)
 
     # From 1, not 0: an edge of 0 would let in what has no weight.
-    edge = jax.lax.fori_loop(0, _UNIT_BITS, narrow, jnp.ones(target.shape, jnp.int32))
+    edge = jax.lax.fori_loop(0, _UNIT_BITS, narrow, jnp.ones(target.shape, jnp.int32), unroll=5)
     above, tied = bits > edge[:, None], bits == edge[:, None]
     missing = target - jnp.where(above, weights, 0.0).sum(axis=1)
     held_before = _rank(tied).astype(jnp.float32) * jax.lax.bitcast_convert_type(edge, jnp.float32)[:, None]
-    return above | (tied & (held_before < missing[:, None]))
+    keep: Array = above | (tied & (held_before < missing[:, None]))
+    return keep
 
 
 def _rank(tied: Array) -> Array:

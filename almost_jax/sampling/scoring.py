@@ -4,12 +4,12 @@ import functools
 from collections.abc import Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from almost_jax.core.heads import sequence_scores
 from almost_jax.core.llama import LlamaConfig, Params, hidden_states, logits
+from almost_jax.core.losses import token_logprobs
 from almost_jax.sampling.padding import pad_batch
 
 _sequence_scores = jax.jit(sequence_scores, static_argnames="config")
@@ -56,7 +56,7 @@ def completion_logprobs(
         params: the model's tree.
         config: the model's shape.
         prompts, completions: n rows of tokens each; a completion may be empty.
-        temperature: divides the logits; 0 is read as 1, as the sampler does.
+        temperature: divides the logits; 0, which is greedy, scores at temperature 1, as the sampler does.
         batch_size: rows per program.
         multiple: rows are padded to a multiple of it.
 
@@ -73,20 +73,18 @@ def completion_logprobs(
             raise ValueError(f"prompt {index} is empty: its completion's first token would have no log-prob")
     rows = [(*prompt, *completion) for prompt, completion in zip(prompts, completions, strict=True)]
     found: list[np.ndarray] = [np.zeros(0, np.float32)] * len(rows)
-    scale = np.float32(temperature if temperature > 0 else 1.0)
     for places, tokens, _ in _batches(rows, batch_size, multiple):
-        logprobs = np.asarray(_next_token_logprobs(params, config, tokens, scale))
+        logprobs = np.asarray(_next_token_logprobs(params, config, tokens, temperature))
         for row, place in enumerate(places):
             found[place] = logprobs[row, len(prompts[place]) - 1 : len(rows[place]) - 1]
     return found
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def _next_token_logprobs(params: Params, config: LlamaConfig, tokens: Array, temperature: Array) -> Array:
+@functools.partial(jax.jit, static_argnames=("config", "temperature"))
+def _next_token_logprobs(params: Params, config: LlamaConfig, tokens: Array, temperature: float) -> Array:
     """Log-probs [B, T - 1] of tokens 1.. of each row [B, T], given what stands before them."""
-    scaled = logits(params, config, hidden_states(params, config, tokens[:, :-1])) / temperature
-    chosen = jnp.take_along_axis(scaled, tokens[:, 1:, None], axis=2)[:, :, 0]
-    return chosen - jax.nn.logsumexp(scaled, axis=-1)
+    predictions = logits(params, config, hidden_states(params, config, tokens[:, :-1]))
+    return token_logprobs(predictions, tokens[:, 1:], temperature)
 
 
 def _batches(
