@@ -1,8 +1,9 @@
 """What the scored responses say about each step of the method. Records in, figures out: no models, no files.
 
 An item is one scored response of a held-out query:
-{"query_id", "query", "system", "sample", "text", "finish", "gold", "reward", "as_is", "kl"}; a score that wasn't taken
-is None. Systems are named `configuration/A`, `best_of_n`, `policy/sft`, `curve/20` (the RLSF policy after 20 steps).
+{"query_id", "query", "kind", "system", "sample", "text", "finish", "gold", "reward", "as_is", "kl"}; a score that
+wasn't taken is None. Systems are named `configuration/A`, `best_of_n`, `policy/sft`, `curve/20` (the RLSF policy after
+20 steps).
 """
 
 import itertools
@@ -300,11 +301,11 @@ def over_optimisation(items: Sequence[Item], queries: Sequence[str], bootstrap: 
     return curve
 
 
-def by_kind(items: Sequence[Item], kinds: Mapping[str, str]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Mean gold score by system and kind of query: {system: {kind: {"mean", "n"}}}; `kinds` maps query ids to kinds."""
+def by_kind(items: Sequence[Item]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Mean gold score by system and kind of query: {system: {kind: {"mean", "n"}}}."""
     scores: dict[str, Scores] = {}
     for item in items:
-        scores.setdefault(item["system"], {}).setdefault(kinds[item["query_id"]], []).append(item["gold"])
+        scores.setdefault(item["system"], {}).setdefault(item["kind"], []).append(item["gold"])
     return {
         system: {kind: {"mean": float(np.mean(group[kind])), "n": len(group[kind])} for kind in sorted(group)}
         for system, group in scores.items()

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from almost_jax.config import PromptedModel, SamplingConfig
@@ -86,7 +87,8 @@ def run_stage(run: Run) -> dict[str, Any]:
         run.say("evaluation: evaluation.gold is off, so there is no gold score to compare with; nothing written")
         return {"gold": "off"}
     queries = held_out_queries(run)
-    items = score_systems(run, systems(run, queries))
+    with jax.set_mesh(run.mesh):
+        items = score_systems(run, systems(run, queries))
     figures = analyse(run, queries, items)
     write_bytes(run.path("evaluation/gold.json"), (json.dumps(figures, indent=1, allow_nan=False) + "\n").encode())
     for place, count in figures["contamination"].items():
@@ -99,7 +101,9 @@ def held_out_queries(run: Run) -> list[Record]:
     """The held-out queries {id, text} of evaluation_queries.jsonl, which is written first if it isn't there."""
     path = run.path("evaluation_queries.jsonl")
     if not path.exists():
-        texts = generate_queries(run.seed("evaluation/queries"), run.config.evaluation.queries, held_out=True)
+        texts = generate_queries(
+            run.seed("evaluation/queries"), run.config.evaluation.queries, run.config.evaluation.split
+        )
         write_records(path, [{"id": f"held-out-{index:05d}", "text": text} for index, text in enumerate(texts)])
     return read_records(path)
 
@@ -170,7 +174,6 @@ def analyse(run: Run, queries: Sequence[Record], items: Sequence[Item]) -> dict[
     config = run.config
     bootstrap = Bootstrap(config.evaluation.bootstrap_samples, run.seed("evaluation/bootstrap"))
     ids = [query["id"] for query in queries]
-    kinds = {query["id"]: kind(query["text"]) for query in queries}
     names = list(config.comparisons.configurations)
     of_configurations = [item for item in items if item["system"].startswith("configuration/")]
     # compare() goes from worst to best, configurations are listed best first.
@@ -196,7 +199,7 @@ def analyse(run: Run, queries: Sequence[Record], items: Sequence[Item]) -> dict[
         "policies": policies,
         "steps": steps,
         "rlsf_curve": analyses.over_optimisation(curve, ids[: config.evaluation.curve_queries], bootstrap),
-        "by_kind": analyses.by_kind([*of_configurations, *policy_items], kinds),
+        "by_kind": analyses.by_kind([*of_configurations, *policy_items]),
         "by_length": analyses.by_length(of_configurations),
         "lengths": analyses.response_lengths(items),
         "contamination": _contamination(queries, texts.values(), played),
@@ -238,18 +241,19 @@ def _score_group(
         for query, answer in zip(queries, replies, strict=True)
     ]
     rewards = scorers.reward.score(dialogues)
-    as_is = scorers.as_is.score(dialogues) if system.as_is and scorers.as_is else [None] * len(group)
+    as_is = scorers.as_is.score(dialogues) if system.as_is and scorers.as_is else None
     return [
         {
             "query_id": query["id"],
             "query": query["text"],
+            "kind": kind(query["text"]),
             "system": system.name,
             "sample": int(request_id.rsplit("/", 1)[1]),
             "text": answer.text,
             "finish": answer.finish,
             "gold": gold_score(query["text"], answer.text),
             "reward": float(rewards[index]),
-            "as_is": None if as_is[index] is None else float(as_is[index]),
+            "as_is": None if as_is is None else float(as_is[index]),
             "kl": log_ratios[index],
         }
         for index, ((request_id, query), answer) in enumerate(zip(group, replies, strict=True))
@@ -295,7 +299,7 @@ def _with_log_ratio(
         ]
         for scored in (model, reference)
     ]
-    replies = [reply(tokenizer, completion, rules.stop_tokens, ()) for completion in completions]
+    replies = [reply(tokenizer, completion, ()) for completion in completions]
     return replies, [policy - other for policy, other in zip(*sums, strict=True)]
 
 

@@ -62,9 +62,9 @@ def style() -> Iterator[None]:
         yield
 
 
-def configurations(gold: Gold) -> Figure:
-    """Mean gold score of each configuration, best expected first."""
-    rows = [(name, figure["mean"], figure["ci95"]) for name, figure in gold["configurations"].items()]
+def configurations(gold: Gold, labels: Mapping[str, str]) -> Figure:
+    """Mean gold score of each configuration, best expected first; `labels` say what each of them is."""
+    rows = [(labels.get(name, name), figure["mean"], figure["ci95"]) for name, figure in gold["configurations"].items()]
     return interval_dots(rows, "mean gold score on held-out queries")
 
 

@@ -10,6 +10,7 @@ from almost_jax.report.text import markdown, one_line
 Gold: TypeAlias = Mapping[str, Any]
 Verdict: TypeAlias = Literal["holds", "within noise", "fails"]
 
+MARKS: dict[Verdict, str] = {"holds": "✓", "within noise": "~", "fails": "✗"}
 POLICY_NAMES = {
     "prompted": "prompted",
     "sft_self_play": "SFT, plain self-play",
@@ -143,7 +144,7 @@ def claims_table(found: Sequence[Claim]) -> Table:
                 number(claim.better),
                 f"{claim.gain:+.3f}",
                 span(claim.ci95, "+.3f"),
-                claim.verdict,
+                f"{MARKS[claim.verdict]} {claim.verdict}",
             )
             for claim in found
         ],

@@ -1,0 +1,401 @@
+"""What the report says: sections of paragraphs, figures, tables and dialogues, from the files of a run.
+
+Nothing here knows of HTML or markdown. A run without gold scores, or one that isn't finished, gets the sections that
+its files allow.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import yaml
+from matplotlib.figure import Figure
+
+from almost_jax.errors import InputError
+from almost_jax.evaluation.analyses import DEFINITIONS, POLICIES
+from almost_jax.io.records import Record, read_records
+from almost_jax.report import plots, tables
+from almost_jax.report.tables import Claim, Table, Verdict
+
+# The stages that train, and which of their metrics are worth a look, in this order and as far as they exist.
+CURVES = {
+    "as_is_reward": ("loss", "accuracy", "held_out_accuracy"),
+    "reward": ("loss", "accuracy", "held_out_accuracy"),
+    "sft_self_play": ("loss", "accuracy", "held_out_loss"),
+    "sft": ("loss", "accuracy", "held_out_loss"),
+    "rlsf": ("reward", "kl", "response_length", "entropy", "missing_eos", "explained_variance"),
+}
+STAGE_NAMES = {
+    "as_is_reward": "as-is reward model",
+    "reward": "reward model",
+    "sft_self_play": "SFT on plain self-play",
+    "sft": "SFT",
+    "rlsf": "RLSF",
+}
+SAMPLES_SHOWN = 8
+INTERVALS = "Lines are 95% bootstrap intervals over queries."
+
+
+@dataclass(frozen=True)
+class FigureBlock:
+    """A figure with its caption; `name` is also its file's."""
+
+    name: str
+    figure: Figure
+    caption: str
+
+
+@dataclass(frozen=True)
+class TableBlock:
+    """A table with its caption."""
+
+    table: Table
+    caption: str
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """One query, and what several systems answered: (system, response, remark)."""
+
+    query: str
+    kind: str
+    replies: Sequence[tuple[str, str, str]]
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Text as it is, folded away under a title."""
+
+    title: str
+    text: str
+
+
+Block: TypeAlias = str | FigureBlock | TableBlock | Dialogue | Listing
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading and what stands under it."""
+
+    title: str
+    blocks: Sequence[Block]
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a run's folder holds for the report; what isn't there is None or empty."""
+
+    directory: Path
+    config_text: str
+    config: Mapping[str, Any]
+    status: Mapping[str, Any]
+    gold: Mapping[str, Any] | None
+    items: Sequence[Record]
+
+
+def load(directory: Path) -> Material:
+    """Read what the report needs.
+
+    Raises:
+        InputError: the folder is no run: it has no config.yaml.
+    """
+    config = directory / "config.yaml"
+    if not config.is_file():
+        raise InputError(f"{directory}: no run here: it has no config.yaml")
+    text = config.read_text(encoding="utf-8")
+    items = directory / "evaluation" / "items.jsonl"
+    return Material(
+        directory,
+        text,
+        yaml.safe_load(text) or {},
+        load_json(directory / "status.json") or {},
+        load_json(directory / "evaluation" / "gold.json"),
+        read_records(items) if items.exists() else [],
+    )
+
+
+def load_json(path: Path) -> dict[str, Any] | None:
+    """A JSON file's object, None when there is no such file.
+
+    Raises:
+        InputError: it isn't JSON.
+    """
+    if not path.exists():
+        return None
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error}); delete it and run its stage again") from error
+    return content
+
+
+def sections(material: Material) -> list[Section]:
+    """The whole report, without sections that would be empty. Call inside `plots.style()`."""
+    found = [] if material.gold is None else _judged(material, material.gold)
+    found += [
+        Section("Comparisons", _comparisons(material) if material.gold is None else []),
+        Section("Sample responses", _dialogues(material)),
+        Section("Training", _training(material)),
+        Section("How the figures are defined", _definitions(material)),
+        Section("Settings and versions", _provenance(material)),
+    ]
+    return [section for section in found if section.blocks]
+
+
+def abstract(material: Material) -> str:
+    """One paragraph: what was run, and what came of it."""
+    start = f"Run {material.config.get('name', material.directory.name)}, seed {material.config.get('seed', 0)}."
+    if material.gold is None:
+        return f"{start} No gold score was taken, so nothing here says how good the responses really are."
+    found = tables.claims(material.gold)
+    counts = Counter(claim.verdict for claim in found)
+    parts = [f"{counts['holds']} of {len(found)} claims hold at the 95% level"]
+    misses: tuple[tuple[Verdict, str], ...] = (("within noise", "can't be told from noise"), ("fails", "fail"))
+    for verdict, text in misses:
+        named = "; ".join(claim.text for claim in found if claim.verdict == verdict)
+        if named:
+            parts.append(f"{counts[verdict]} {text} ({named})")
+    return f"{start} {', '.join(parts)}."
+
+
+def _judged(material: Material, gold: Mapping[str, Any]) -> list[Section]:
+    """The sections that rest on gold scores."""
+    found: Sequence[Claim] = tables.claims(gold)
+    queries = max((figure["n"] for figure in gold["policies"].values()), default=0)
+    return [
+        Section(
+            "What each step claims, and what it did",
+            [
+                TableBlock(
+                    tables.claims_table(found),
+                    f"Every step of the method against the one before it, judged by the gold score on {queries:,} "
+                    "held-out queries (pairs and demonstrations: on the method's own). A claim holds when the 95% "
+                    "interval of its gain lies above 0, fails when it lies below, and is within noise otherwise.",
+                )
+            ],
+        ),
+        Section("Does the rule of thumb hold?", _rule_of_thumb(material, gold)),
+        Section("Are the pairs right?", _pairs(gold)),
+        Section("Does the reward model see quality, or length?", _reward(gold)),
+        Section("Is the guidance worth it?", _guidance(gold)),
+        Section("Do the policies improve?", _policies(gold)),
+        Section("Does RLSF over-optimise?", _curve(gold)),
+    ]
+
+
+def _rule_of_thumb(material: Material, gold: Mapping[str, Any]) -> list[Block]:
+    configurations = (material.config.get("comparisons") or {}).get("configurations") or {}
+    labels = {
+        name: f"{name}: {entry['model']}, {str(entry['demonstrations']).rsplit(':', 1)[-1]}, {entry['shots']}-shot"
+        for name, entry in configurations.items()
+    }
+    n = max(figure["n"] for figure in gold["configurations"].values())
+    return [
+        FigureBlock(
+            "configurations",
+            plots.configurations(gold, labels),
+            f"Mean gold score of fresh responses of each configuration to n = {n:,} held-out queries, in the order in "
+            f"which the rule of thumb ranks them. {INTERVALS}",
+        )
+    ]
+
+
+def _pairs(gold: Mapping[str, Any]) -> list[Block]:
+    raw = gold["pairs"]["raw"]["kept"]
+    return [
+        FigureBlock(
+            "filters",
+            plots.filters(gold),
+            f"Synthetic comparisons before and after post-validation, n = {raw:,} pairs. Left: pairs kept. Right: "
+            f"share of the kept pairs whose chosen response has the higher gold score, ties counting half. {INTERVALS}",
+        ),
+        TableBlock(
+            tables.filters_table(gold),
+            "The same with its confounds. “Length-matched” weighs pairs so that preferring the longer response would "
+            "score 0.5; “chosen is longer” is the share of kept pairs in which it is; ties are equal gold scores.",
+        ),
+    ]
+
+
+def _reward(gold: Mapping[str, Any]) -> list[Block]:
+    details = {name: gold["reward_model_details"][name] for name in tables.SCORER_NAMES}
+    n = max((detail["n"] for detail in details.values() if detail), default=0)
+    blocks: list[Block] = [
+        TableBlock(
+            tables.means_table("scorer", details, tables.SCORER_NAMES, "accuracy"),
+            f"How often each scorer prefers the really better of two responses to one held-out query, n = {n:,} pairs "
+            "of different gold score, from all configurations. Length-matched: pairs weighed so that “the longer one "
+            "wins” would score 0.5; n is then the effective number of pairs.",
+        )
+    ]
+    figure = plots.score_by_length(gold["by_length"])
+    if figure is not None:
+        n = sum(group["n"] for group in gold["by_length"]["bins"])
+        blocks.append(
+            FigureBlock(
+                "score_by_length",
+                figure,
+                f"Mean score against length of response, n = {n:,} held-out responses of all configurations in bins of "
+                "nearly equal size; r is the correlation over responses. A reward model that sees quality follows the "
+                "gold score's curve, one that sees length only rises.",
+            )
+        )
+    return blocks
+
+
+def _guidance(gold: Mapping[str, Any]) -> list[Block]:
+    names = {
+        name: f"best of {name.removeprefix('oracle_')}, by gold score"
+        if name.startswith("oracle")
+        else "first sample"
+        if name == "1"
+        else f"best of {name}, by reward model"
+        for name in gold["best_of_n_details"]
+    }
+    blocks: list[Block] = [
+        TableBlock(
+            tables.means_table("choice", gold["best_of_n_details"], names, "gold score"),
+            "Choosing among samples of the demonstrations' assistant on held-out queries: what the reward model's "
+            "choice gains over taking the first sample, and what a perfect choice would.",
+        )
+    ]
+    if gold["demonstrations"]:
+        blocks.append(
+            TableBlock(
+                tables.means_table("demonstrations", gold["demonstrations"], tables.SOURCE_NAMES, "gold score"),
+                "The demonstrations that the policies are trained on: mean gold score of the assistant's turns. Turns "
+                "that answer no question of the micro-world can't be judged and are left out "
+                + ", ".join(
+                    f"({tables.SOURCE_NAMES.get(name, name)}: {figure['unscored']:,})"
+                    for name, figure in gold["demonstrations"].items()
+                )
+                + ".",
+            )
+        )
+    return blocks
+
+
+def _policies(gold: Mapping[str, Any]) -> list[Block]:
+    if not gold["policies"]:
+        return []
+    n = max(figure["n"] for figure in gold["policies"].values())
+    lengths = ", ".join(
+        f"{tables.POLICY_NAMES[name]} {gold['lengths'][f'policy/{name}']['characters']:.0f}"
+        for name in POLICIES
+        if f"policy/{name}" in gold["lengths"]
+    )
+    return [
+        FigureBlock(
+            "policies",
+            plots.policies(gold),
+            f"Mean gold score of the policies on n = {n:,} held-out queries, in the order of the method. {INTERVALS} "
+            f"Mean lengths in characters: {lengths}.",
+        ),
+        TableBlock(
+            tables.kinds_table(gold["by_kind"]),
+            "The same by kind of query; n is the number of queries of the kind.",
+        ),
+    ]
+
+
+def _curve(gold: Mapping[str, Any]) -> list[Block]:
+    figure = plots.over_optimisation(gold["rlsf_curve"])
+    if figure is None:
+        return []
+    n = gold["rlsf_curve"][-1]["n"]
+    return [
+        FigureBlock(
+            "over_optimisation",
+            figure,
+            "Reward and gold score of the RLSF policy against its KL from the SFT policy, measured on "
+            f"n = {n:,} held-out queries at every kept step; the line follows training. Where the reward still rises "
+            f"and the gold score falls, the reward model is being over-optimised. {INTERVALS}",
+        )
+    ]
+
+
+def _comparisons(material: Material) -> list[Block]:
+    """Without gold scores: what the filters did."""
+    path = material.directory / "comparisons.jsonl"
+    if not path.exists():
+        return []
+    counts = Counter(record["dropped_by"] or "kept" for record in read_records(path))
+    rows = [
+        (name.replace("_", " "), f"{count:,}", f"{count / counts.total():.1%}") for name, count in counts.most_common()
+    ]
+    caption = f"What became of n = {counts.total():,} synthetic comparisons: kept, or the filter that dropped them."
+    return [TableBlock(Table(("pairs", "count", "share"), rows, (1, 2)), caption)]
+
+
+def _dialogues(material: Material) -> list[Block]:
+    """The first held-out query of each kind with every policy's response; else the last samples of RLSF."""
+    by_query: dict[str, dict[str, Record]] = {}
+    for item in material.items:
+        if item["system"].startswith("policy/"):
+            by_query.setdefault(item["query_id"], {})[item["system"].removeprefix("policy/")] = item
+    firsts: dict[str, dict[str, Record]] = {}
+    for group in by_query.values():
+        firsts.setdefault(next(iter(group.values()))["kind"], group)
+    if firsts:
+        blocks: list[Block] = ["The first held-out query of each kind, not picked for its outcome."]
+        for kind, group in sorted(firsts.items())[:SAMPLES_SHOWN]:
+            replies = [
+                (tables.POLICY_NAMES[name], group[name]["text"], f"gold {group[name]['gold']:.2f}")
+                for name in POLICIES
+                if name in group
+            ]
+            blocks.append(Dialogue(next(iter(group.values()))["query"], kind.replace("_", " "), replies))
+        return blocks
+    path = material.directory / "rlsf" / "samples.jsonl"
+    samples = read_records(path) if path.exists() else []
+    last = max((sample["step"] for sample in samples), default=0)
+    return [
+        Dialogue(sample["query"], f"step {last}", [("RLSF", sample["response"], f"reward {sample['score']:.2f}")])
+        for sample in [sample for sample in samples if sample["step"] == last][:SAMPLES_SHOWN]
+    ]
+
+
+def _training(material: Material) -> list[Block]:
+    blocks: list[Block] = []
+    for stage, fields in CURVES.items():
+        path = material.directory / stage / "metrics.jsonl"
+        figure = plots.training_curves(read_records(path), fields) if path.exists() else None
+        if figure is not None:
+            blocks.append(FigureBlock(f"training_{stage}", figure, f"Training of {STAGE_NAMES[stage]}, by update."))
+    return blocks
+
+
+def _definitions(material: Material) -> list[Block]:
+    if material.gold is None:
+        return []
+    bootstrap, contamination = material.gold["bootstrap"], material.gold["contamination"]
+    rows = [(name.replace("_", " "), text) for name, text in material.gold.get("definitions", DEFINITIONS).items()]
+    found = ", ".join(f"{count} in {place}" for place, count in contamination.items() if count)
+    return [
+        TableBlock(
+            Table(("figure", "definition"), rows, ()), f"Definitions; {bootstrap['samples']:,} bootstrap samples."
+        ),
+        f"Held-out queries that also stand in what the method trained on: {found or 'none'}.",
+    ]
+
+
+def _provenance(material: Material) -> list[Block]:
+    # The report itself is still running while it is written.
+    stages = material.status.get("stages", {}).items()
+    entries = {name: entry for name, entry in stages if "fingerprint" in entry and name != "report"}
+    blocks: list[Block] = []
+    if entries:
+        rows = [(name, entry["state"], f"{entry['seconds']:,.0f}") for name, entry in entries.items()]
+        blocks.append(TableBlock(Table(("stage", "state", "seconds"), rows, (2,)), "The stages of this run."))
+    software: dict[str, dict[str, None]] = {}  # name -> its versions; more than one when the run was continued
+    for entry in entries.values():
+        for name, version in {**entry.get("versions", {}), "commit": entry.get("commit")}.items():
+            if version is not None:
+                software.setdefault(name, {})[version] = None
+    if software:
+        blocks.append("; ".join(f"{name} {', '.join(found)}" for name, found in software.items()) + ".")
+    blocks.append(Listing("config.yaml", material.config_text))
+    return blocks
