@@ -1,0 +1,84 @@
+"""Attention over a row's own keys and a shared prefix, and its masks."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from almost_jax.core.attention import attention, cache_mask, causal_mask
+
+B, T, S, P, N, K, H = 2, 3, 5, 4, 6, 2, 4
+
+
+def draw(scale: float) -> tuple[jax.Array, ...]:
+    keys = jax.random.split(jax.random.key(11), 5)
+    shapes = [(B, T, N, H), (B, S, K, H), (B, S, K, H), (P, K, H), (P, K, H)]
+    return tuple(scale * jax.random.normal(key, shape, jnp.float32) for key, shape in zip(keys, shapes, strict=True))
+
+
+def concatenated(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, pk: jax.Array, pv: jax.Array) -> jax.Array:
+    def join(prefix: jax.Array, own: jax.Array) -> jax.Array:
+        return jnp.concatenate([jnp.broadcast_to(prefix[None], (B, *prefix.shape)), own], axis=1)
+
+    return attention(q, join(pk, k), join(pv, v), jnp.concatenate([jnp.ones((B, T, P), bool), mask], axis=2))
+
+
+@pytest.mark.parametrize("scale", [0.7, 15.0])
+def test_prefix_merge_equals_concatenation_in_value_and_gradient(scale: float) -> None:
+    q, k, v, pk, pv = draw(scale)
+    mask = jnp.asarray(np.random.default_rng(0).random((B, T, S)) < 0.6)
+    mask = mask.at[0, 0].set(False)  # a query that sees the prefix alone
+    merged = attention(q, k, v, mask, (pk, pv))
+    np.testing.assert_allclose(merged, concatenated(q, k, v, mask, pk, pv), rtol=1e-4, atol=1e-5 * scale)
+    weights = jax.random.normal(jax.random.key(1), merged.shape, jnp.float32)
+    found = jax.grad(lambda *a: (attention(*a[:3], mask, a[3:]) * weights).sum(), range(5))(q, k, v, pk, pv)
+    expected = jax.grad(lambda *a: (concatenated(*a[:3], mask, *a[3:]) * weights).sum(), range(5))(q, k, v, pk, pv)
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4 * scale)
+
+
+def test_attention_equals_a_numpy_oracle() -> None:
+    q, k, v, _, _ = (np.asarray(x, np.float64) for x in draw(1.3))
+    mask = np.tril(np.ones((B, T, S), bool), 1)
+    expected = np.zeros((B, T, N, H))
+    for b, t, n in np.ndindex(B, T, N):
+        kv = n // (N // K)
+        weights = np.exp(k[b, :, kv] @ q[b, t, n] / np.sqrt(H)) * mask[b, t]
+        expected[b, t, n] = weights @ v[b, :, kv] / weights.sum()
+    q32, k32, v32, _, _ = draw(1.3)
+    np.testing.assert_allclose(attention(q32, k32, v32, jnp.asarray(mask)), expected, atol=1e-5)
+
+
+def test_masked_keys_have_no_influence_and_a_blind_query_stays_finite() -> None:
+    q, k, v, _, _ = draw(1.0)
+    mask = jnp.ones((B, T, S), bool).at[:, :, 3:].set(False)
+    loud = k.at[:, 3:].set(1e4), v.at[:, 3:].set(-1e4)
+    np.testing.assert_array_equal(attention(q, k, v, mask), attention(q, *loud, mask))
+    blind = mask.at[1, 2].set(False)
+
+    def total(q: jax.Array) -> jax.Array:
+        return attention(q, k, v, blind).sum()
+
+    assert jnp.isfinite(attention(q, k, v, blind)).all() and jnp.isfinite(jax.grad(total)(q)).all()
+
+
+def test_heads_that_do_not_divide_are_refused() -> None:
+    q, k, v, _, _ = draw(1.0)
+    with pytest.raises(ValueError, match="5 query heads can't be shared by 2"):
+        attention(q[:, :, :5], k, v, jnp.ones((B, T, S), bool))
+
+
+def test_causal_mask_sees_the_own_segment_up_to_itself() -> None:
+    positions = jnp.asarray([[0, 1, 0, 1, 2]], jnp.int32)
+    plain = causal_mask(positions)
+    np.testing.assert_array_equal(plain[0], np.tril(np.ones((5, 5), bool)))
+    segmented = causal_mask(positions, jnp.asarray([[7, 7, 3, 3, 3]], jnp.int32))
+    expected = np.zeros((5, 5), bool)
+    expected[:2, :2], expected[2:, 2:] = np.tril(np.ones((2, 2), bool)), np.tril(np.ones((3, 3), bool))
+    np.testing.assert_array_equal(segmented[0], expected)
+
+
+def test_cache_mask_sees_filled_slots_and_itself() -> None:
+    mask = cache_mask(jnp.asarray([0, 2], jnp.int32), 2, 5)
+    expected = [[[1, 0, 0, 0, 0], [1, 1, 0, 0, 0]], [[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]]]
+    np.testing.assert_array_equal(mask, np.array(expected, bool))
