@@ -1,0 +1,103 @@
+from pathlib import Path
+
+import pytest
+
+from almost_jax.config import FiltersConfig, PromptedModel, SelfInstructConfig
+from almost_jax.errors import InputError
+from almost_jax.stages.filters import has_bad_keyword
+from almost_jax.stages.instructions import Candidate, load_seeds, reject
+from almost_jax.stages.similarity import SimilarityPool
+from almost_jax.stages.templates import (
+    LABELS,
+    Turn,
+    demonstrations_text,
+    few_shot_prefix,
+    load_demonstrations,
+    query_prompt,
+    render,
+)
+
+FIRST: list[Turn] = [
+    {"role": "human", "text": "Why?"},
+    {"role": "assistant", "text": "Because.\n\nIn short: so."},
+    {"role": "human", "text": "Ah."},
+    {"role": "assistant", "text": "Yes."},
+]
+SECOND: list[Turn] = [{"role": "human", "text": "Who?"}, {"role": "assistant", "text": "You."}]
+
+
+def test_dialogues_are_rendered_in_the_one_format():
+    assert render(FIRST[:3]) == "Human: Why?\n\nAssistant: Because.\n\nIn short: so.\n\nHuman: Ah."
+    assert query_prompt(FIRST[:1], "assistant") == "Human: Why?\n\nAssistant:"
+    assert query_prompt(SECOND, "human") == "Human: Who?\n\nAssistant: You.\n\nHuman:"
+    assert query_prompt([], "human") == "Human:"
+    assert few_shot_prefix([SECOND, FIRST], 1) == "Human: Who?\n\nAssistant: You.\n\n"
+
+
+def test_a_prompt_and_its_completion_make_one_more_demonstration():
+    prefix = few_shot_prefix([SECOND, FIRST], 1)
+    completed = prefix + query_prompt(FIRST[:3], "assistant") + " Yes." + "\n\n"
+    assert completed == few_shot_prefix([SECOND, FIRST], 2)
+
+
+def test_the_next_turn_must_be_the_others():
+    with pytest.raises(ValueError, match="already the human's"):
+        query_prompt(FIRST[:1], "human")
+
+
+def test_more_shots_than_demonstrations_are_refused_by_name(tmp_path: Path):
+    with pytest.raises(InputError, match="9 were asked for, but there are only 2"):
+        few_shot_prefix([SECOND, FIRST], 9)
+    with pytest.raises(InputError, match="'user'.*7 were asked for"):
+        demonstrations_text(PromptedModel(model="large", demonstrations="user", shots=7))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("dialogues: []", "must be a list of dialogues"),
+        ("- a", "top must be a mapping, not list"),
+        ("dialogues: [{turns: [", "not valid yaml"),
+        ("dialogues: [{turns: []}]", "dialogue 1: must be a mapping with a list of `turns`"),
+        ("dialogues: [{turns: [{assistant: hello}]}]", "dialogue 1, turn 1: must be `human: text`"),
+        ("dialogues: [{turns: [{human: a}, {human: b}]}]", "turn 2: must be `assistant: text`"),
+        ("dialogues: [{turns: [{human: a}, {assistant: ' '}]}]", "turn 2: must be `assistant: text`"),
+        ("dialogues: [{turns: [{human: 4}, {assistant: b}]}]", "turn 1: must be `human: text`"),
+        ("dialogues: [{turns: [{human: a}, {assistant: b}, {human: c}]}]", "must end with the assistant's turn"),
+    ],
+)
+def test_malformed_demonstrations_are_refused_in_one_line(tmp_path: Path, content: str, message: str):
+    path = tmp_path / "bad.yaml"
+    path.write_text(content)
+    with pytest.raises(InputError, match=message) as error:
+        load_demonstrations(str(path))
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["nobody", "microworld:nobody", "no/such.yaml"])
+def test_missing_demonstrations_are_refused_by_name(name: str):
+    with pytest.raises(InputError, match=name):
+        load_demonstrations(name)
+
+
+@pytest.mark.parametrize(("name", "dialogues"), [("hhh", 8), ("faithful", 3), ("user", 3)])
+def test_our_demonstrations_load_and_set_no_bad_example(name: str, dialogues: int):
+    loaded = load_demonstrations(name)
+    assert len(loaded) == dialogues
+    turns = [turn for dialogue in loaded for turn in dialogue]
+    assert not any(label in turn["text"] for turn in turns for label in LABELS.values())
+    # What the heuristic filter drops must not be what the prompt teaches.
+    assert not any(has_bad_keyword(turn["text"], FiltersConfig()) for turn in turns if turn["role"] == "assistant")
+
+
+def test_the_users_demonstrations_show_several_turns_of_the_user():
+    assert all(len(dialogue) >= 4 for dialogue in load_demonstrations("user"))
+
+
+def test_seed_instructions_pass_their_own_filters():
+    seeds, config, pool = load_seeds("seed_instructions"), SelfInstructConfig(), SimilarityPool()
+    assert len(seeds) >= 40
+    for seed in seeds:
+        assert reject(Candidate(seed, complete=True), config) is None, seed
+        assert pool.most_similar(seed, config.max_similarity) is None, seed
+        pool.add(seed)
