@@ -1,0 +1,212 @@
+"""Checkpoints: exact bytes, shardings, kills, damage, and trees of another shape."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from almost_jax.core.train import init_state
+from almost_jax.errors import InputError
+from almost_jax.io.checkpoints import Checkpoints, find_damage, restore_tree, save_tree
+
+
+def make_tree(seed: int = 0):
+    """A train state with everything that trees of ours have: bfloat16, scalars, empty optimizer states, NaN and -0."""
+    rng = np.random.default_rng(seed)
+    params = {
+        "layers": {"kernel": jnp.asarray(rng.normal(size=(3, 16, 24)), jnp.float32), "scale": jnp.ones((5,))},
+        "half": jnp.asarray(rng.normal(size=(7,)), jnp.bfloat16),
+        "odd": jnp.array([jnp.nan, -0.0, jnp.inf, 1e-45]),
+    }
+
+    def decayed(tree):
+        return jax.tree.map(lambda leaf: leaf.ndim > 1, tree)
+
+    schedule = optax.linear_schedule(1e-3, 0.0, 10)
+    return init_state(params, optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, mask=decayed)))
+
+
+def same_bytes(found, expected):
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True):
+        assert (a.dtype, a.shape) == (b.dtype, b.shape), path
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), path
+
+
+def shaped(tree):
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+
+
+def test_28_a_tree_comes_back_byte_for_byte(tmp_path: Path):
+    tree, extra = make_tree(), {"kl_coef": 0.1, "漢": [1, None, {"a": 1e-300}]}
+    with Checkpoints(tmp_path / "deep" / "checkpoints", keep=2) as checkpoints:
+        assert checkpoints.steps() == [] and checkpoints.restore(tree) is None
+        checkpoints.save(7, tree, extra)
+    with Checkpoints(tmp_path / "deep" / "checkpoints", keep=2) as checkpoints:
+        for expected in (tree, shaped(tree)):
+            step, found, also = checkpoints.restore(expected)
+            assert step == 7 and also == extra
+            same_bytes(found, tree)
+
+
+def test_a_tree_is_restored_onto_other_shardings(tmp_path: Path):
+    devices = np.asarray(jax.devices())
+    assert devices.size == 8
+
+    def place(grid, spec):
+        mesh = Mesh(devices.reshape(grid), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    values = np.random.default_rng(1).normal(size=(16, 24)).astype(np.float32)
+    before, after = place((4, 2), ("a", "b")), place((2, 4), ("b", None))
+    save_tree(tmp_path / "tree", {"w": jax.device_put(values, before)})
+    for sharding in (before, after, place((8, 1), (None, ("a", "b")))):
+        found = restore_tree(tmp_path / "tree", {"w": jax.ShapeDtypeStruct((16, 24), jnp.float32, sharding=sharding)})
+        assert found["w"].sharding == sharding
+        np.testing.assert_array_equal(np.asarray(found["w"]), values)
+
+
+def test_only_the_newest_are_kept(tmp_path: Path):
+    tree = {"w": jnp.arange(3)}
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        for step in (0, 9, 10, 200):
+            checkpoints.save(step, tree, {"step": step})
+        assert checkpoints.steps() == [10, 200]
+        # A run that is repeated from 10: what comes after belongs to the run that is gone.
+        checkpoints.save(15, tree, {"step": 15})
+        assert checkpoints.steps() == [10, 15]
+        checkpoints.save(15, {"w": jnp.arange(3) + 1}, {"step": 15})
+        assert checkpoints.restore(tree)[1]["w"].tolist() == [1, 2, 3]
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["10", "15"]
+    with pytest.raises(ValueError, match="At least 1"):
+        Checkpoints(tmp_path, keep=0)
+
+
+def cut(path: Path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def empty(path: Path):
+    os.truncate(path, 0)
+
+
+def flip(path: Path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [cut, empty, flip, Path.unlink])
+def test_28_a_checkpoint_with_any_damaged_file_is_passed_over_aloud(tmp_path: Path, damage):
+    said: list[str] = []
+    trees = {step: make_tree(step) for step in (10, 20)}
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2, say=said.append)
+    for step, tree in trees.items():
+        checkpoints.save(step, tree, {"step": step})
+    shutil.copytree(checkpoints.directory / "20", tmp_path / "whole")
+    names = [path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*") if path.is_file()]
+    assert len(names) > 8
+    for name in names:
+        damage(checkpoints.directory / "20" / name)
+        step, found, extra = checkpoints.restore(trees[10])
+        assert (step, extra) == (10, {"step": 10})
+        same_bytes(found, trees[10])
+        assert len(said) == 1 and str(name) in said[0] and "torn checkpoint passed over" in said[0]
+        assert "\n" not in said.pop()
+        shutil.copyfile(tmp_path / "whole" / name, checkpoints.directory / "20" / name)
+    step, found, _ = checkpoints.restore(trees[20])
+    assert step == 20 and said == []
+    same_bytes(found, trees[20])
+
+
+def test_28_after_a_torn_checkpoint_the_run_goes_on_from_the_one_before(tmp_path: Path):
+    tree = {"w": jnp.arange(5.0)}
+    said: list[str] = []
+    checkpoints = Checkpoints(tmp_path, keep=1, say=said.append)
+    checkpoints.save(10, tree, {})
+    shutil.copytree(tmp_path / "10", tmp_path / "20")
+    cut(tmp_path / "20" / "extra.json")
+    (tmp_path / ".saving-30").mkdir()
+    assert checkpoints.restore(tree)[0] == 10 and len(said) == 1
+    checkpoints.save(15, tree, {})
+    assert os.listdir(tmp_path) == ["15"]
+    assert checkpoints.restore(tree)[0] == 15 and len(said) == 1
+    cut(tmp_path / "15" / "files.json")
+    assert checkpoints.restore(tree) is None
+    assert find_damage(tmp_path / "15") == "files.json can't be read"
+
+
+def test_foreign_folders_are_left_alone(tmp_path: Path):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "12").write_text("a file")
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    assert checkpoints.steps() == []
+    checkpoints.save(3, {"w": jnp.zeros(2)}, {})
+    checkpoints.save(4, {"w": jnp.zeros(2)}, {})
+    assert sorted(os.listdir(tmp_path)) == ["12", "4", "notes"]
+
+
+class Pair(NamedTuple):
+    first: jax.Array
+    second: jax.Array
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (
+            {"w": jnp.zeros((3, 2)), "p": Pair(jnp.zeros(2), jnp.zeros(3))},
+            "w is float32 of shape (2, 3); expected",
+        ),
+        ({"w": jnp.zeros((2, 3)), "p": Pair(jnp.zeros(2), jnp.zeros(4))}, "leaf p/second is float32 of shape (3,)"),
+        ({"w": jnp.zeros((2, 3), int), "p": Pair(jnp.zeros(2), jnp.zeros(3))}, "expected int32 of shape (2, 3)"),
+        ({"w": jnp.zeros((2, 3))}, "leaf p/first, float32 of shape (2,), is left over"),
+        ({"w": jnp.zeros((2, 3)), "p": Pair(jnp.zeros(2), jnp.zeros(3)), "x": jnp.zeros(())}, "leaf x is missing"),
+    ],
+)
+def test_another_tree_is_an_error_that_names_the_leaf(tmp_path: Path, asked, said: str):
+    checkpoints = Checkpoints(tmp_path, keep=3)
+    tree = {"w": jnp.zeros((2, 3)), "p": Pair(jnp.zeros(2), jnp.zeros(3))}
+    checkpoints.save(1, tree, {})
+    checkpoints.save(2, tree, {})
+    with pytest.raises(InputError) as caught:
+        checkpoints.restore(asked)
+    assert said in str(caught.value) and str(tmp_path / "2") in str(caught.value)
+    assert checkpoints.steps() == [1, 2]
+
+
+SAVE_FOR_EVER = """
+import sys
+import jax.numpy as jnp
+from almost_jax.io.checkpoints import Checkpoints
+checkpoints = Checkpoints(sys.argv[1], keep=2)
+for step in range(1, 1000):
+    checkpoints.save(step, {"w": jnp.full((400, 500), step), "step": jnp.int32(step)}, {"step": step})
+    print(step, flush=True)
+"""
+
+
+def test_28_a_killed_save_leaves_the_one_before(tmp_path: Path):
+    process = subprocess.Popen([sys.executable, "-c", SAVE_FOR_EVER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for _ in range(4):
+        last = int(process.stdout.readline())
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    last = max([last, *map(int, process.stdout.read().split())])
+    expected = {"w": jax.ShapeDtypeStruct((400, 500), jnp.int32), "step": jax.ShapeDtypeStruct((), jnp.int32)}
+    step, found, extra = Checkpoints(tmp_path, keep=2).restore(expected)
+    # The kill may have come between the commit and the line that reports it.
+    assert step in (last, last + 1)
+    assert extra == {"step": step} and int(found["step"]) == step
+    assert np.asarray(found["w"]).tolist() == np.full((400, 500), step).tolist()
