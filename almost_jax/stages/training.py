@@ -30,7 +30,7 @@ CHECKPOINTS_KEPT = 2
 
 
 def fresh_state(params: Params, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> TrainState:
-    """A state at step 0 that owns its memory: the given parameters are copied, so that steps may donate the state.
+    """A state at step 0 that owns its memory: float32 copies of the parameters, so that steps may donate the state.
 
     Args:
         params: the tree to start from, placed on the mesh.
@@ -42,7 +42,7 @@ def fresh_state(params: Params, optimizer: optax.GradientTransformation, mesh: j
     def place(leaf: jax.Array) -> jax.Array:
         return jax.device_put(leaf, whole) if leaf.ndim == 0 else leaf
 
-    own = jax.tree.map(jnp.copy, params)
+    own = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), params)
     return TrainState(place(jnp.zeros((), jnp.int32)), own, jax.tree.map(place, optimizer.init(own)))
 
 
