@@ -120,7 +120,9 @@ def accumulate_gradients(
 
 def apply_gradients(state: TrainState, grads: Params, optimizer: optax.GradientTransformation) -> TrainState:
     """One optimizer update."""
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    # Optax mixes its int32 step counter with floats, which strict promotion refuses.
+    with jax.numpy_dtype_promotion("standard"):
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
 
 
@@ -134,7 +136,7 @@ def make_train_step(
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         grads, metrics = accumulate_gradients(loss_sums, state.params, batch, micro_batches)
-        metrics["grad_norm"] = optax.global_norm(grads)
+        metrics["grad_norm"] = optax.tree.norm(grads)
         return apply_gradients(state, grads, optimizer), metrics
 
     return jax.jit(step, donate_argnums=0)

@@ -220,11 +220,11 @@ def make_update(
             return ppo_loss_sums(params, part, players, ppo)
 
         grads, figures = accumulate_gradients(loss_sums, params, batch, ppo.micro_batches)
-        figures["critic_grad_norm"] = optax.global_norm(grads["critic"])
+        figures["critic_grad_norm"] = optax.tree.norm(grads["critic"])
         critic = apply_gradients(state.critic, grads["critic"], critic_optimizer)
         policy = state.policy
         if trains_policy:
-            figures["policy_grad_norm"] = optax.global_norm(grads["policy"])
+            figures["policy_grad_norm"] = optax.tree.norm(grads["policy"])
             policy = apply_gradients(policy, grads["policy"], policy_optimizer)
         return PpoState(policy, critic, state.kl_coef), figures
 

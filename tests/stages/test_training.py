@@ -1,0 +1,138 @@
+"""The training loop: exact resume, divergence, batches that don't fit the mesh."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from almost_jax.config import MeshConfig, TrainingConfig
+from almost_jax.core.train import Batch, TrainState, make_optimizer, make_train_step
+from almost_jax.errors import InputError, TrainingDiverged
+from almost_jax.io.batches import batch_indices
+from almost_jax.io.run import Run
+from almost_jax.stages import training
+
+TRAINING = TrainingConfig.model_validate(
+    {
+        "optimizer": {"learning_rate": 0.05, "schedule": "cosine", "warmup_steps": 2},
+        "batch_size": 6,
+        "micro_batches": 2,
+        "checkpoint_every": 3,
+        "log_every": 2,
+    }
+)
+POINTS = np.random.default_rng(5).normal(size=(13, 4)).astype(np.float32)
+TOTAL = 10
+
+
+class Stopped(Exception):
+    """What a kill looks like from inside."""
+
+
+def line_sums(params: Any, batch: Batch) -> Any:
+    """Least squares, whose loss is NaN when a batch says so."""
+    error = batch["x"][:, :3] @ params["kernel"] - batch["x"][:, 3]
+    loss = jnp.square(error) + batch["poison"]
+    return loss.sum(), (jnp.float32(error.shape[0]), {"error": (jnp.abs(error).sum(), jnp.float32(error.shape[0]))})
+
+
+def batch_at(step: int) -> dict[str, np.ndarray]:
+    rows = batch_indices(step, 6, len(POINTS), 3)
+    return {"x": POINTS[rows], "poison": np.zeros((6,), np.float32)}
+
+
+def fit(run: Run, batches: Callable[[int], dict[str, np.ndarray]], evaluate: Any = None) -> TrainState:
+    optimizer = make_optimizer(TRAINING.optimizer, TOTAL)
+    state = training.fresh_state({"kernel": jnp.ones((3,), jnp.float32)}, optimizer, run.mesh)
+    step = make_train_step(line_sums, optimizer, TRAINING.micro_batches)
+    return training.fit(run, "line", state, step, batches, TOTAL, TRAINING, evaluate)
+
+
+@pytest.mark.parametrize("stop", [0, 2, 3, 4, 9])
+def test_28_a_stop_at_any_step_and_a_resume_leave_the_same_bytes(
+    make_run: Callable[..., Run], tmp_path: Path, stop: int
+) -> None:
+    def evaluate(params: Any) -> dict[str, float]:
+        return {"kernel_sum": float(params["kernel"].sum())}
+
+    whole = fit(make_run(tmp_path / "whole"), batch_at, evaluate)
+
+    def stopping(step: int) -> dict[str, np.ndarray]:
+        if step == stop:
+            raise Stopped
+        return batch_at(step)
+
+    run = make_run(tmp_path / "stopped")
+    with pytest.raises(Stopped):
+        fit(run, stopping, evaluate)
+    asked: list[int] = []
+
+    def remembering(step: int) -> dict[str, np.ndarray]:
+        asked.append(step)
+        return batch_at(step)
+
+    resumed = fit(make_run(tmp_path / "stopped"), remembering, evaluate)
+    assert asked == list(range(stop // 3 * 3, TOTAL)), "training must go on from the checkpoint, not from the start"
+    for left, right in zip(jax.tree.leaves(whole), jax.tree.leaves(resumed), strict=True):
+        np.testing.assert_array_equal(left, right)
+    lines = (tmp_path / "whole" / "line" / "metrics.jsonl").read_bytes()
+    assert lines == (tmp_path / "stopped" / "line" / "metrics.jsonl").read_bytes()
+    assert [json.loads(line)["step"] for line in lines.splitlines()] == [2, 3, 4, 6, 8, 9, 10]
+
+
+def test_28_a_finished_training_is_not_repeated(make_run: Callable[..., Run], tmp_path: Path) -> None:
+    first = fit(make_run(tmp_path), batch_at)
+    metrics = (tmp_path / "line" / "metrics.jsonl").read_bytes()
+
+    def never(step: int) -> dict[str, np.ndarray]:
+        raise AssertionError(f"batch {step} was asked for")
+
+    again = fit(make_run(tmp_path), never)
+    np.testing.assert_array_equal(first.params["kernel"], again.params["kernel"])
+    assert (tmp_path / "line" / "metrics.jsonl").read_bytes() == metrics
+
+
+def test_the_state_given_may_come_from_arrays_that_stay_alive(make_run: Callable[..., Run], tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    params = {"kernel": jnp.ones((3,), jnp.float32)}
+    optimizer = make_optimizer(TRAINING.optimizer, TOTAL)
+    state = training.fresh_state(params, optimizer, run.mesh)
+    step = make_train_step(line_sums, optimizer, 1)
+    training.fit(run, "line", state, step, batch_at, 2, TRAINING, None)
+    np.testing.assert_array_equal(params["kernel"], [1.0, 1.0, 1.0])
+
+
+def test_half_precision_parameters_are_trained_in_float32(make_run: Callable[..., Run], tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    params = {"kernel": jnp.ones((3,), jnp.bfloat16)}
+    state = training.fresh_state(params, make_optimizer(TRAINING.optimizer, TOTAL), run.mesh)
+    floats = [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    assert len(floats) == 3 and all(leaf.dtype == jnp.float32 for leaf in floats)
+
+
+def test_divergence_names_the_step_and_the_last_good_checkpoint(make_run: Callable[..., Run], tmp_path: Path) -> None:
+    def poisoned(step: int) -> dict[str, np.ndarray]:
+        batch = batch_at(step)
+        return {**batch, "poison": np.full((6,), np.nan, np.float32)} if step >= 4 else batch
+
+    with pytest.raises(TrainingDiverged, match=r"line: diverged at step 6: .*loss is nan.*checkpoint is step 3"):
+        fit(make_run(tmp_path), poisoned)
+    # The bad state is not saved: what was good can be gone on from.
+    fit(make_run(tmp_path), batch_at)
+
+
+def test_a_batch_that_does_not_fit_the_mesh_is_refused_by_name(make_run: Callable[..., Run], tmp_path: Path) -> None:
+    run = make_run(tmp_path, mesh=MeshConfig(data=4), devices=4)
+    with pytest.raises(InputError, match="batch_size: 6 rows can't be split over data x fsdp = 4"):
+        fit(run, batch_at)
+
+
+def test_steps_of_whole_epochs() -> None:
+    assert training.count_steps(TRAINING.model_copy(update={"epochs": 3}), 13) == 6
+    assert training.count_steps(TRAINING, 5) == 1
+    assert training.fixed_length(33) == 48 and training.fixed_length(48) == 48
