@@ -37,6 +37,14 @@ class _Layer:
     origins: dict[Key, str]
 
 
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """A swept experiment: its name, and (name, config) per point; the points' names are unique and fit for folders."""
+
+    name: str
+    points: tuple[tuple[str, ExperimentConfig], ...]
+
+
 def load_experiment(path: Path, overrides: Sequence[str]) -> ExperimentConfig:
     """Read, inherit, override and validate one experiment.
 
@@ -54,12 +62,8 @@ def load_experiment(path: Path, overrides: Sequence[str]) -> ExperimentConfig:
     return _validate(_override(layer, overrides), path)
 
 
-def load_sweep(path: Path, overrides: Sequence[str]) -> list[tuple[str, ExperimentConfig]]:
-    """Read every point of a file's `sweep:`.
-
-    Returns:
-        (name, config) per point, in the order of the file; a grid's last key varies fastest. Names are unique and fit
-        for folders.
+def load_sweep(path: Path, overrides: Sequence[str]) -> Sweep:
+    """Read every point of a file's `sweep:`, in the order of the file; a grid's last key varies fastest.
 
     Raises:
         InputError: as `load_experiment`, or the file has no sweep, or two points would share a name.
@@ -81,7 +85,7 @@ def load_sweep(path: Path, overrides: Sequence[str]) -> list[tuple[str, Experime
             point = _merge(point, _nested(key.split("."), value, f"{path}: sweep point {label}"))
         config = _validate(point, path)
         points.append((label, config.model_copy(update={"name": f"{config.name}-{label}"})))
-    return points
+    return Sweep(_validate(layer, path).name, tuple(points))
 
 
 def dump_experiment(config: ExperimentConfig) -> str:

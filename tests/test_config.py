@@ -30,7 +30,7 @@ def child(folder: Path, text: str) -> Path:
 @pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_experiment_loads(path: Path) -> None:
     if "sweep" in yaml.safe_load(path.read_text(encoding="utf-8")):
-        points = load_sweep(path, [])
+        points = load_sweep(path, []).points
         assert len(points) > 1
         assert len({config.name for _, config in points}) == len(points)
     else:
@@ -184,7 +184,9 @@ def test_missing_keys_and_files_and_broken_yaml_are_one_line(tmp_path: Path) -> 
 
 
 def test_a_grid_gives_every_combination(tmp_path: Path) -> None:
-    points = load_sweep(child(tmp_path, "sweep:\n  grid: {ppo.kl_coef: [0.1, 0.2], seed: [0, 7]}\n"), ["ppo.steps=3"])
+    points = load_sweep(
+        child(tmp_path, "sweep:\n  grid: {ppo.kl_coef: [0.1, 0.2], seed: [0, 7]}\n"), ["ppo.steps=3"]
+    ).points
     assert [name for name, _ in points] == [
         "kl_coef-0.1_seed-0",
         "kl_coef-0.1_seed-7",
@@ -198,7 +200,7 @@ def test_a_grid_gives_every_combination(tmp_path: Path) -> None:
 
 def test_a_list_gives_its_points_under_their_names(tmp_path: Path) -> None:
     text = "sweep:\n  list:\n  - {name: plain, ppo.whiten_rewards: true}\n  - {seed: 2, reward.model: medium}\n"
-    points = load_sweep(child(tmp_path, text), [])
+    points = load_sweep(child(tmp_path, text), []).points
     assert [name for name, _ in points] == ["plain", "seed-2_model-medium"]
     assert points[0][1].ppo.whiten_rewards and points[1][1].reward.model == "medium"
     assert not points[1][1].ppo.whiten_rewards

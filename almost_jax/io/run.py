@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -16,9 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from almost_jax.config import ExperimentConfig
 from almost_jax.errors import InputError
 from almost_jax.io.metrics import MetricsLogger
-
-if TYPE_CHECKING:
-    from almost_jax.io.models import Model
+from almost_jax.io.models import Model, load_model
 
 # (description, done, total): called as a stage advances, for status.json.
 ProgressHook = Callable[[str, int, int], None]
@@ -113,7 +111,7 @@ class Run:
     tensorboard: bool
     console: Console
     on_progress: ProgressHook | None = None
-    _loaded: dict[str, "Model"] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
+    _loaded: dict[str, Model] = dataclasses.field(default_factory=dict, init=False, repr=False, compare=False)
 
     def path(self, *parts: str) -> Path:
         """A path inside the run's folder."""
@@ -124,7 +122,7 @@ class Run:
         digest = hashlib.sha256(f"{self.config.seed}/{name}".encode()).digest()
         return int.from_bytes(digest[:4], "big") >> 1
 
-    def model(self, name: str) -> "Model":
+    def model(self, name: str) -> Model:
         """The model that the config calls `name`, in the config's compute dtype.
 
         The one loaded last is kept, and given again unless its arrays were donated to a training step meanwhile.
@@ -140,8 +138,6 @@ class Run:
         # Two large models need not fit: let the last one go before the next one comes.
         self._loaded.clear()
         del kept
-        from almost_jax.io.models import load_model
-
         self._loaded[name] = load_model(self.config.models[name], self.mesh, self.config.compute_dtype)
         return self._loaded[name]
 

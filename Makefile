@@ -1,0 +1,43 @@
+# Needs python3.11 or newer, make and a package index; everything is set up in .venv.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# Tests are mostly compilation, which runs on one core: two workers use two.
+WORKERS ?= 2
+
+.PHONY: env demo test test-all lint types bench microworld clean
+
+env: $(STAMP)
+
+$(STAMP): setup.py pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "python 3.11 or newer is needed, found " + sys.version.split()[0])'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	@touch $@
+
+demo: env
+	$(BIN)/almost-jax run experiments/microworld.yaml
+
+test: lint types
+	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile tests
+
+test-all: lint types
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests
+
+lint: env
+	$(BIN)/ruff check .
+
+types: env
+	$(BIN)/mypy
+
+bench: env
+	$(BIN)/python -m pytest -s tests/benchmarks
+
+# Pretrains the three vanilla models of the micro-world anew and writes the weights that are shipped.
+microworld: env
+	$(BIN)/python -m almost_jax.microworld.build
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .jax_cache

@@ -1,0 +1,170 @@
+"""The command line: run, sweep, status, report."""
+
+import datetime
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from almost_jax.errors import InputError, TrainingDiverged
+from almost_jax.experiments import load_experiment, load_sweep
+from almost_jax.folder import is_locked, read_status
+from almost_jax.pipeline import make_plan, run_experiment
+from almost_jax.report import page, sweep
+
+RUNS = Path("runs")
+
+# What a shell is told: bad input, a run that failed, a run that was interrupted.
+BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
+
+app = typer.Typer(
+    help="ALMoST in JAX: align a language model through synthetic feedback (arXiv 2305.13735).",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Experiment = Annotated[Path, typer.Argument(help="The experiment's yaml file.", metavar="EXPERIMENT")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Values to change, as in ppo.kl_coef=0.1.", metavar="[a.b=v]...")
+]
+Out = Annotated[Path | None, typer.Option(help="The run's folder; runs/NAME when not given.")]
+Folder = Annotated[Path, typer.Argument(help="The run's folder.", metavar="DIR")]
+Tensorboard = Annotated[bool, typer.Option("--tensorboard", help="Write metrics for TensorBoard too.")]
+
+
+@app.command("run")
+def run_command(
+    experiment: Experiment,
+    overrides: Overrides = None,
+    out: Out = None,
+    until: Annotated[str | None, typer.Option(help="The last stage to run.", metavar="STAGE")] = None,
+    tensorboard: Tensorboard = False,
+) -> None:
+    """Run an experiment: finished stages are skipped, an interrupted one goes on, stale ones run anew and say why."""
+    config = load_experiment(experiment, overrides or [])
+    directory = out or RUNS / config.name
+    console = _console()
+    _keep_compiled_programs()
+    status = run_experiment(config, directory, until, tensorboard, console)
+    if status.get("report", {}).get("state") == "done" and until in (None, "report"):
+        _show(console, f"\n{page.summary_table(directory)}\n\n{directory / 'report.html'}")
+
+
+@app.command("sweep")
+def sweep_command(
+    experiment: Experiment, overrides: Overrides = None, out: Out = None, tensorboard: Tensorboard = False
+) -> None:
+    """Run every point of an experiment's `sweep:`, then write and print one table over all of them."""
+    found = load_sweep(experiment, overrides or [])
+    directory = out or RUNS / found.name
+    console = _console()
+    _keep_compiled_programs()
+    finished: list[tuple[str, Path]] = []
+    for number, (name, config) in enumerate(found.points, start=1):
+        _show(console, f"\npoint {number}/{len(found.points)}: {name}")
+        try:
+            run_experiment(config, directory / name, None, tensorboard, console)
+        except TrainingDiverged as error:
+            # The other points say whether this is the setting's fault.
+            _complain(f"point {name}: {error}")
+            continue
+        finished.append((name, directory / name))
+    if not finished:
+        raise TrainingDiverged(f"{directory}: every point diverged")
+    _show(console, f"\n{sweep.write_sweep(directory, finished)}")
+    if len(finished) < len(found.points):
+        raise typer.Exit(FAILED)
+
+
+@app.command("status")
+def status_command(folder: Folder) -> None:
+    """Show where a run stands."""
+    status = read_status(folder)
+    if not status and not (folder / "config.yaml").exists():
+        raise InputError(f"{folder}: is no run's folder (it has neither status.json nor config.yaml)")
+    plans = make_plan(load_experiment(folder / "config.yaml", []), folder, status)
+    running = is_locked(folder)
+    table = Table(box=None, pad_edge=False)
+    for column in ("stage", "state", "time", "steps", "note"):
+        table.add_column(column, overflow="fold")
+    for plan in plans:
+        entry = status.get(plan.stage.name, {"state": "pending"})
+        state, note = entry["state"], entry.get("error") or ""
+        if state == "running" and not running:
+            state, note = "interrupted", "goes on with the next run"
+        if plan.action == "stale":
+            state, note = "stale", plan.why
+        elif state == "done" and plan.why:
+            state, note = "incomplete", plan.why
+        seconds = entry.get("seconds")
+        steps = entry.get("steps")
+        cells = (
+            plan.stage.name,
+            state,
+            "" if seconds is None else str(datetime.timedelta(seconds=round(seconds))),
+            f"{steps['done']}/{steps['total']}" if steps else "",
+            note,
+        )
+        table.add_row(*(Text(cell) for cell in cells))
+    _console().print(table)
+
+
+@app.command("report")
+def report_command(folder: Folder) -> None:
+    """Build a run's report.html and report.md anew, and print the final table."""
+    if not (folder / "config.yaml").exists():
+        raise InputError(f"{folder}: is no run's folder (it has no config.yaml)")
+    built = page.build(folder)
+    _show(_console(), f"{page.summary_table(folder)}\n\n{built}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command and exit: 0, or 1 for a failed run, 2 for bad input, 130 when interrupted."""
+    try:
+        code = app(args=arguments, prog_name="almost-jax", standalone_mode=False)
+    except InputError as error:
+        _complain(str(error))
+        code = BAD_INPUT
+    except TrainingDiverged as error:
+        _complain(str(error))
+        code = FAILED
+    except typer.TyperException as error:
+        _complain(f"{error.format_message()} (see almost-jax --help)")
+        code = BAD_INPUT
+    # Typer turns Ctrl-C into this code.
+    if code == INTERRUPTED:
+        _complain("interrupted; nothing finished is lost, the same command goes on from here")
+    sys.exit(code or 0)
+
+
+def _console() -> Console:
+    return Console(highlight=False)
+
+
+def _show(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
+
+
+def _complain(message: str) -> None:
+    """One line on standard error."""
+    print(f"almost-jax: {' '.join(message.split())}", file=sys.stderr)
+
+
+def _keep_compiled_programs() -> None:
+    """Keep compiled programs on disk, tiny ones too: the second run starts faster than the first."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "almost_jax" / "jax"
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        # A home that can't be written to costs time, not the run.
+        return
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -1,0 +1,147 @@
+"""What a stage's outputs depend on: the config values it reads, and the content of the models and files these name."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import almost_jax
+from almost_jax.config import ExperimentConfig, PromptedModel
+from almost_jax.errors import InputError
+from almost_jax.stages.templates import demonstrations_text, prompt_file
+
+Values: TypeAlias = dict[str, Any]
+
+PACKAGE = Path(almost_jax.__file__).resolve().parent
+
+# Keys that change how a stage computes, but (up to rounding) not what: they make nothing stale, so that a run that went
+# out of memory can go on with smaller batches.
+NEUTRAL = ("sampling.batch_size", "user_sampling.batch_size", "micro_batches", "checkpoint_every", "log_every")
+# Files up to this size are told apart by their content, larger ones by size and time of change.
+HASHED_BYTES = 64 * 2**20
+
+
+def stage_values(reads: Sequence[str], config: ExperimentConfig) -> Values:
+    """Everything outside upstream stages that a stage's outputs depend on, by dotted key.
+
+    Args:
+        reads: the sections and keys that the stage reads.
+        config: the experiment.
+
+    Raises:
+        InputError: a model, or a file that the config names, is missing.
+    """
+
+    def is_read(key: str) -> bool:
+        return any(key == read or key.startswith(f"{read}.") for read in reads)
+
+    values: Values = {"seed": config.seed, "compute_dtype": config.compute_dtype}
+    for key, value in _flatten(config.model_dump(mode="json"), ""):
+        # Self-instruct compares its own settings when it goes on, batch size included.
+        within_self_instruct = key.startswith("queries.self_instruct.")
+        if within_self_instruct and config.queries.source != "self_instruct":
+            continue
+        if is_read(key) and (within_self_instruct or not key.endswith(tuple(f".{end}" for end in NEUTRAL))):
+            values[key] = value
+    for key, name in config.model_references():
+        if is_read(key):
+            values[f"models.{name}"] = config.models[name]
+            values[f"content of models.{name}"] = _digest(model_path(name, config.models[name]))
+    for key, path in _files(config):
+        if is_read(key):
+            values[f"content of {key}"] = _digest(path)
+    return values
+
+
+def differences(before: Values, now: Values) -> list[str]:
+    """What changed, as "ppo.kl_coef: 0.05 -> 0.1"."""
+
+    def shown(values: Values, key: str) -> str:
+        return json.dumps(values[key], ensure_ascii=False) if key in values else "not set"
+
+    keys = [*now, *(key for key in before if key not in now)]
+    return [
+        f"{key}: {shown(before, key)} -> {shown(now, key)}"
+        for key in keys
+        if key not in before or key not in now or before[key] != now[key]
+    ]
+
+
+def check_inputs(config: ExperimentConfig) -> None:
+    """Look for every model, demonstration and file that the experiment names, before anything is computed.
+
+    Raises:
+        InputError: one is missing or malformed, or there are fewer demonstrations than shots.
+    """
+    for _, name in config.model_references():
+        model_path(name, config.models[name])
+    for key, prompted in _prompted(config):
+        try:
+            demonstrations_text(prompted)
+        except InputError as error:
+            raise InputError(f"{key}.{error}") from error
+    for key, path in _files(config):
+        if not path.is_file():
+            raise InputError(f"{key}: there is no file {path}")
+
+
+def model_path(name: str, source: str) -> Path:
+    """The folder behind a model's source.
+
+    Raises:
+        InputError: there is none.
+    """
+    shipped = source.removeprefix("microworld:")
+    folder = PACKAGE / "microworld" / "weights" / shipped if shipped != source else Path(source)
+    if not folder.is_dir():
+        known = sorted(path.name for path in folder.parent.glob("*") if path.is_dir()) if shipped != source else []
+        hint = f"; shipped are {', '.join(known)}" if known else ""
+        raise InputError(f"models.{name}: {source!r}: there is no folder {folder}{hint}")
+    return folder
+
+
+def _prompted(config: ExperimentConfig) -> Iterator[tuple[str, PromptedModel]]:
+    for name, prompted in config.comparisons.configurations.items():
+        yield f"comparisons.configurations.{name}", prompted
+    yield "demonstrations.assistant", config.demonstrations.assistant
+    yield "demonstrations.user", config.demonstrations.user
+    if config.evaluation.prompted is not None:
+        yield "evaluation.prompted", config.evaluation.prompted
+
+
+def _files(config: ExperimentConfig) -> Iterator[tuple[str, Path]]:
+    """Every (dotted key, file) that the stages will read."""
+    for key, prompted in _prompted(config):
+        yield f"{key}.demonstrations", prompt_file(prompted.demonstrations)
+    if config.queries.source == "file":
+        yield "queries.file", Path(config.queries.file or "")
+    if config.queries.source == "self_instruct":
+        yield "queries.self_instruct.seeds", prompt_file(config.queries.self_instruct.seeds)
+    if config.as_is_reward.votes != "microworld":
+        yield "as_is_reward.votes", Path(config.as_is_reward.votes)
+
+
+def _flatten(tree: Any, key: str) -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of every leaf; lists are leaves. The order of a mapping is a value too."""
+    if not isinstance(tree, dict):
+        yield key, tree
+        return
+    if key == "comparisons.configurations":
+        yield f"{key}.order", list(tree)
+    for name, value in tree.items():
+        yield from _flatten(value, f"{key}.{name}" if key else name)
+
+
+def _digest(path: Path) -> str:
+    """Twelve hexadecimal digits for the content of a file, or of the files of a folder."""
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            stat = file.stat()
+            digest.update(str(file.relative_to(path.parent)).encode())
+            if stat.st_size <= HASHED_BYTES:
+                digest.update(hashlib.sha256(file.read_bytes()).digest())
+            else:
+                digest.update(f"{stat.st_size} {stat.st_mtime_ns}".encode())
+    return digest.hexdigest()[:12]

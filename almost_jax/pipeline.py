@@ -1,0 +1,305 @@
+"""The stages in order: what is done, what is stale and why, and how an interrupted run goes on.
+
+Each stage has a fingerprint: the config values that it reads, the seed, the models and files that these name, and the
+fingerprints of the stages before it. A finished stage whose fingerprint still holds is skipped. One that was
+interrupted goes on by itself from its last record or checkpoint. One whose fingerprint changed is stale: its outputs
+move to `stale/STAGE-FINGERPRINT/` and it runs anew; should the old settings come back, so do the outputs.
+"""
+
+import dataclasses
+import datetime
+import difflib
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+from rich.console import Console
+
+from almost_jax.config import ExperimentConfig
+from almost_jax.core.partitioning import make_mesh
+from almost_jax.errors import InputError
+from almost_jax.evaluation import gold
+from almost_jax.experiments import dump_experiment
+from almost_jax.folder import (
+    Entry,
+    Status,
+    bring_back,
+    git_commit,
+    locked,
+    now,
+    owned,
+    read_status,
+    set_aside,
+    set_aside_entry,
+    versions,
+    write_status,
+)
+from almost_jax.inputs import Values, check_inputs, differences, stage_values
+from almost_jax.io.records import write_bytes
+from almost_jax.io.run import Run
+from almost_jax.report import page
+from almost_jax.stages import as_is_reward, comparisons, demonstrations, queries, reward, rlsf, sft
+
+# status.json says this often how far a running stage is.
+SECONDS_BETWEEN_STEPS = 5.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One stage: its function, what of the config it reads, the stages whose outputs it reads, and its own outputs."""
+
+    name: str
+    run: Callable[[Run], dict[str, Any]]
+    reads: tuple[str, ...]
+    upstream: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+def evaluation_queries(run: Run) -> dict[str, Any]:
+    """Draw the held-out queries before anything could train on them: demonstrations keep clear of them."""
+    return {"queries": len(gold.held_out_queries(run)) if run.config.evaluation.gold else 0}
+
+
+STAGES: tuple[Stage, ...] = (
+    Stage("queries", queries.run_stage, ("queries",), (), ("queries.jsonl", "self_instruct")),
+    Stage(
+        "evaluation_queries",
+        evaluation_queries,
+        ("evaluation.gold", "evaluation.queries", "evaluation.split"),
+        (),
+        ("evaluation_queries.jsonl",),
+    ),
+    Stage(
+        "responses",
+        comparisons.run_responses,
+        ("comparisons.configurations", "comparisons.sampling"),
+        ("queries",),
+        ("responses.jsonl",),
+    ),
+    Stage(
+        "as_is_reward",
+        as_is_reward.run_stage,
+        ("as_is_reward", "reward.reference_samples"),
+        (),
+        ("as_is_reward",),
+    ),
+    Stage(
+        "comparisons",
+        comparisons.run_stage,
+        (
+            "comparisons.configurations",
+            "comparisons.model_order",
+            "comparisons.demonstrations_order",
+            "comparisons.pairs",
+            "filters",
+        ),
+        ("responses", "as_is_reward"),
+        ("comparisons.jsonl",),
+    ),
+    Stage("reward", reward.run_stage, ("reward",), ("comparisons",), ("reward",)),
+    Stage(
+        "demonstrations",
+        demonstrations.run_stage,
+        ("demonstrations",),
+        ("queries", "evaluation_queries", "reward"),
+        ("demonstrations.jsonl", "demonstrations_self_play.jsonl"),
+    ),
+    Stage("sft", sft.run_stage, ("sft",), ("demonstrations",), ("sft", "sft_self_play")),
+    Stage("rlsf", rlsf.run_stage, ("ppo",), ("reward", "demonstrations", "sft"), ("rlsf",)),
+    Stage(
+        "evaluation",
+        gold.run_stage,
+        ("evaluation",),
+        ("evaluation_queries", "as_is_reward", "comparisons", "reward", "demonstrations", "sft", "rlsf"),
+        ("evaluation",),
+    ),
+    Stage("report", page.run_stage, ("name",), ("evaluation",), ("report.md", "report.html", "figures")),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is to be done with a stage. `why` says what changed or is missing; "" where nothing did."""
+
+    stage: Stage
+    fingerprint: str
+    values: Values
+    upstream: dict[str, str]
+    action: str  # skip, resume, run, stale
+    why: str
+
+
+def run_experiment(
+    config: ExperimentConfig, directory: Path, until: str | None, tensorboard: bool, console: Console
+) -> Status:
+    """Run every stage that is not done, in order.
+
+    Args:
+        config: the experiment.
+        directory: the run's folder; made if missing, taken up where it was left otherwise.
+        until: the last stage to run; None for all.
+        tensorboard: whether metrics also go to TensorBoard's files.
+        console: where progress is shown.
+
+    Returns:
+        The content of status.json.
+
+    Raises:
+        InputError: something in the config or on disk is wrong, or another process works in the folder.
+    """
+    last = len(STAGES) if until is None else _place(until) + 1
+    check_inputs(config)
+    try:
+        mesh = make_mesh(config.mesh)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    with locked(directory):
+        pipeline = _Pipeline(config, directory, mesh, tensorboard, console, read_status(directory))
+        write_bytes(directory / "config.yaml", dump_experiment(config).encode())
+        for number, stage in enumerate(STAGES[:last], start=1):
+            pipeline.bring_up_to_date(stage, f"[{number}/{len(STAGES)}] {stage.name}")
+        return pipeline.status
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pipeline:
+    """What one `run_experiment` works with; `status` is changed in place and written after every change."""
+
+    config: ExperimentConfig
+    directory: Path
+    mesh: Mesh
+    tensorboard: bool
+    console: Console
+    status: Status
+
+    def bring_up_to_date(self, stage: Stage, title: str) -> None:
+        """Skip, resume or run one stage, after saying which and why."""
+        plan = next(plan for plan in make_plan(self.config, self.directory, self.status) if plan.stage is stage)
+        entry = self.status.get(stage.name)
+        if plan.action == "skip" and entry is not None:
+            self.say(f"{title}: done already, in {_duration(entry)}")
+            return
+        self.say(f"{title}: {plan.action}{f': {plan.why}' if plan.why else ''}")
+        if plan.action == "stale":
+            set_aside(self.directory, stage.name, owned(stage.name, stage.outputs), entry)
+            self.status.pop(stage.name, None)
+            self.write()
+        kept = set_aside_entry(self.directory, stage.name, plan.fingerprint)
+        if kept is not None:
+            # The entry first: a kill in between leaves outputs that are known to be missing, not unknown ones.
+            self.status[stage.name] = kept
+            self.write()
+            bring_back(self.directory, stage.name, owned(stage.name, stage.outputs), plan.fingerprint)
+            self.say(f"{stage.name}: ran with these settings before; its outputs are back from stale/")
+            if kept["state"] == "done":
+                return
+        self.run(plan)
+
+    def run(self, plan: Plan) -> None:
+        """Run one stage and keep status.json true before, during and after it."""
+        name = plan.stage.name
+        before = self.status.get(name, {})
+        entry: Entry = {
+            "state": "running",
+            "started": before.get("started") or now(),
+            "ended": None,
+            "seconds": before.get("seconds", 0.0),
+            "steps": None,
+            "summary": None,
+            "error": None,
+            "outputs": [],
+            "versions": versions(),
+            "commit": git_commit(),
+            "fingerprint": plan.fingerprint,
+            "values": plan.values,
+            "upstream": plan.upstream,
+        }
+        self.status[name] = entry
+        began, spent = time.monotonic(), entry["seconds"]
+        written = began
+
+        def save() -> None:
+            entry["seconds"] = round(spent + time.monotonic() - began, 3)
+            self.write()
+
+        def on_progress(description: str, done: int, total: int) -> None:
+            nonlocal written
+            entry["steps"] = {"description": description, "done": done, "total": total}
+            if time.monotonic() - written >= SECONDS_BETWEEN_STEPS:
+                written = time.monotonic()
+                save()
+
+        save()
+        try:
+            run = Run(self.directory, self.config, self.mesh, self.tensorboard, self.console, on_progress)
+            entry["summary"] = plan.stage.run(run)
+        except BaseException as error:
+            # Ctrl-C leaves the stage "running", as a power cut would: the next run goes on with it.
+            if isinstance(error, Exception):
+                what = " ".join(f"{type(error).__name__}: {error}".split())
+                entry |= {"state": "failed", "ended": now(), "error": what}
+            save()
+            raise
+        outputs = [output for output in plan.stage.outputs if (self.directory / output).exists()]
+        entry |= {"state": "done", "ended": now(), "outputs": outputs}
+        save()
+        self.say(f"{name}: done in {_duration(entry)}")
+
+    def write(self) -> None:
+        """Write status.json."""
+        write_status(self.directory, self.status, [stage.name for stage in STAGES])
+
+    def say(self, line: str) -> None:
+        """Print one line as it is."""
+        self.console.print(line, markup=False, highlight=False, emoji=False, soft_wrap=True)
+
+
+def make_plan(config: ExperimentConfig, directory: Path, status: Status) -> list[Plan]:
+    """Compare what each stage would read now with what it read when it ran."""
+    plans: list[Plan] = []
+    fingerprints: dict[str, str] = {}
+    for stage in STAGES:
+        values = stage_values(stage.reads, config)
+        upstream = {name: fingerprints[name] for name in stage.upstream}
+        content = json.dumps([stage.name, values, upstream], sort_keys=True)
+        fingerprints[stage.name] = hashlib.sha256(content.encode()).hexdigest()
+        action, why = _compare(stage, fingerprints[stage.name], values, upstream, directory, status)
+        plans.append(Plan(stage, fingerprints[stage.name], values, upstream, action, why))
+    return plans
+
+
+def _compare(
+    stage: Stage, fingerprint: str, values: Values, upstream: dict[str, str], directory: Path, status: Status
+) -> tuple[str, str]:
+    entry = status.get(stage.name)
+    if entry is None:
+        left = [output for output in owned(stage.name, stage.outputs) if (directory / output).exists()]
+        return ("stale", f"{left[0]} is there, but status.json does not know it") if left else ("run", "")
+    if entry["fingerprint"] != fingerprint:
+        reasons = differences(entry["values"], values)
+        if not reasons:
+            changed = [name for name in upstream if entry["upstream"].get(name) != upstream[name]]
+            reasons = [f"upstream {name} is stale" for name in changed] or ["the stages before it are others"]
+        return "stale", ", ".join(reasons)
+    if entry["state"] != "done":
+        return "resume", ""
+    missing = [output for output in entry["outputs"] if not (directory / output).exists()]
+    return ("resume", f"{missing[0]} is missing") if missing else ("skip", "")
+
+
+def _place(name: str) -> int:
+    names = [stage.name for stage in STAGES]
+    if name not in names:
+        near = difflib.get_close_matches(name, names, 1)
+        raise InputError(
+            f"--until {name}: {f'did you mean {near[0]}' if near else 'the stages are ' + ', '.join(names)}"
+        )
+    return names.index(name)
+
+
+def _duration(entry: Entry) -> str:
+    return str(datetime.timedelta(seconds=round(entry["seconds"])))
