@@ -92,7 +92,9 @@ def filters(gold: Gold) -> Figure:
         left.annotate(f"{count:,}", (count, row), (4, 0), textcoords="offset points", va="center", fontsize=8)
     left.set_xlim(0, max([*kept, 1]) * 1.2)
     left.set_title("pairs kept")
-    left.grid(axis="y", visible=False)
+    left.grid(visible=False)
+    left.set_xticks([])
+    left.spines["bottom"].set_visible(False)
     details = [gold["pair_details"][name]["accuracy"] for name in FILTER_NAMES]
     rows = [
         (label, detail["mean"], detail["ci95"]) if detail else (label, float("nan"), None)
@@ -139,13 +141,13 @@ def over_optimisation(curve: Sequence[Mapping[str, Any]]) -> Figure | None:
         below = [max(point[field] - point[f"{field}_ci95"][0], 0.0) for point in curve]
         above = [max(point[f"{field}_ci95"][1] - point[field], 0.0) for point in curve]
         axes.errorbar(kl, values, yerr=[below, above], color=color, marker="o", markersize=4, elinewidth=0.8)
-        for point in (curve[0], curve[-1]):
+        for point, side in ((curve[0], "left"), (curve[-1], "right")):
             axes.annotate(
                 f"step {point['step']}",
                 (point["kl"], point[field]),
-                (0, -12),
+                (5 if side == "left" else -5, -11),
                 textcoords="offset points",
-                ha="center",
+                ha=side,
                 fontsize=7.5,
                 color=MUTED,
             )
@@ -220,7 +222,8 @@ def _dots(axes: Axes, rows: Sequence[Interval], measure: str) -> None:
         axes.plot([mean], [row], color=BLUE, marker="o", markersize=6)
         if mean == mean:
             axes.annotate(f"{mean:.2f}", (mean, row), (0, 6), textcoords="offset points", ha="center", fontsize=8)
-    axes.set_yticks(range(len(rows)), [one_line(label) for label, _, _ in rows], color=INK)
+    axes.set_yticks(range(len(rows)), [one_line(label) for label, _, _ in rows])
+    axes.tick_params(axis="y", labelcolor=INK)
     axes.set_ylim(len(rows) - 0.5, -0.7)
     axes.grid(axis="y", visible=False)
     axes.margins(x=0.08)

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import yaml
 from matplotlib.figure import Figure
 
 from almost_jax.errors import InputError
@@ -19,6 +18,7 @@ from almost_jax.evaluation.analyses import DEFINITIONS, POLICIES
 from almost_jax.io.records import Record, read_records
 from almost_jax.report import plots, tables
 from almost_jax.report.tables import Claim, Table, Verdict
+from almost_jax.stages.templates import load_yaml
 
 # The stages that train, and which of their metrics are worth a look, in this order and as far as they exist.
 CURVES = {
@@ -32,7 +32,7 @@ STAGE_NAMES = {
     "as_is_reward": "as-is reward model",
     "reward": "reward model",
     "sft_self_play": "SFT on plain self-play",
-    "sft": "SFT",
+    "sft": "SFT on guided self-play",
     "rlsf": "RLSF",
 }
 SAMPLES_SHOWN = 8
@@ -100,17 +100,16 @@ def load(directory: Path) -> Material:
     """Read what the report needs.
 
     Raises:
-        InputError: the folder is no run: it has no config.yaml.
+        InputError: the folder is no run, having no config.yaml, or a file is damaged.
     """
     config = directory / "config.yaml"
     if not config.is_file():
         raise InputError(f"{directory}: no run here: it has no config.yaml")
-    text = config.read_text(encoding="utf-8")
     items = directory / "evaluation" / "items.jsonl"
     return Material(
         directory,
-        text,
-        yaml.safe_load(text) or {},
+        config.read_text(encoding="utf-8"),
+        load_yaml(config),
         load_json(directory / "status.json") or {},
         load_json(directory / "evaluation" / "gold.json"),
         read_records(items) if items.exists() else [],

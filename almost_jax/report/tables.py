@@ -13,8 +13,8 @@ Verdict: TypeAlias = Literal["holds", "within noise", "fails"]
 MARKS: dict[Verdict, str] = {"holds": "✓", "within noise": "~", "fails": "✗"}
 POLICY_NAMES = {
     "prompted": "prompted",
-    "sft_self_play": "SFT, plain self-play",
-    "sft": "SFT",
+    "sft_self_play": "SFT on plain self-play",
+    "sft": "SFT on guided self-play",
     "rlsf": "RLSF",
 }
 FILTER_NAMES = {"raw": "all pairs", "heuristic": "heuristic filter", "as_is": "+ as-is filter"}
