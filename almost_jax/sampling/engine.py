@@ -129,7 +129,7 @@ def _check(
         if needed > config.max_position_embeddings:
             raise InputError(
                 f"request {request.id!r}: prefix {len(prefix_tokens)} + prompt {len(request.prompt)} + max_new_tokens "
-                f"{rules.max_new_tokens} = {needed} tokens exceed the model's {config.max_position_embeddings} positions"
+                f"{rules.max_new_tokens} = {needed} exceed the model's {config.max_position_embeddings} positions"
             )
         _check_tokens(f"request {request.id!r}", request.prompt, config.vocab_size)
     _check_tokens("prefix", prefix_tokens, config.vocab_size)
