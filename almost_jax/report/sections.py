@@ -262,16 +262,15 @@ def _guidance(gold: Mapping[str, Any]) -> list[Block]:
         )
     ]
     if gold["demonstrations"]:
+        left_out = ", ".join(
+            f"{figure['unscored']:,} of {tables.SOURCE_NAMES.get(name, name)}"
+            for name, figure in gold["demonstrations"].items()
+        )
         blocks.append(
             TableBlock(
                 tables.means_table("demonstrations", gold["demonstrations"], tables.SOURCE_NAMES, "gold score"),
                 "The demonstrations that the policies are trained on: mean gold score of the assistant's turns. Turns "
-                "that answer no question of the micro-world can't be judged and are left out "
-                + ", ".join(
-                    f"({tables.SOURCE_NAMES.get(name, name)}: {figure['unscored']:,})"
-                    for name, figure in gold["demonstrations"].items()
-                )
-                + ".",
+                f"that answer no question of the micro-world can't be judged and are left out ({left_out}).",
             )
         )
     return blocks
