@@ -170,12 +170,13 @@ def pairwise_sums(chosen: Array, rejected: Array, margin: float, centering: floa
         Sum of losses, number of pairs, and the metrics `accuracy`, `margin` (chosen - rejected) and `score` (mean of
         both).
     """
+    chosen, rejected = chosen.astype(jnp.float32), rejected.astype(jnp.float32)
     loss = pairwise_ranking_loss(chosen, rejected, margin) + centering * centering_penalty(chosen, rejected)
     pairs = jnp.float32(chosen.shape[0])
     metrics = {
         "accuracy": pairwise_accuracy(chosen, rejected),
-        "margin": (chosen - rejected).astype(jnp.float32),
-        "score": 0.5 * (chosen + rejected).astype(jnp.float32),
+        "margin": chosen - rejected,
+        "score": 0.5 * (chosen + rejected),
     }
     return loss.sum(), (pairs, {name: (values.sum(), pairs) for name, values in metrics.items()})
 

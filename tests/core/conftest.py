@@ -29,9 +29,8 @@ def tiny() -> LlamaConfig:
 @pytest.fixture
 def shardable(tiny: LlamaConfig) -> LlamaConfig:
     """Grouped-query attention in which every split dimension can be divided by 8."""
-    return dataclasses.replace(
-        tiny, vocab_size=48, hidden_size=24, intermediate_size=40, num_layers=2, num_heads=16, num_kv_heads=8, head_dim=4
-    )
+    sizes = {"vocab_size": 48, "hidden_size": 24, "intermediate_size": 40, "num_layers": 2}
+    return dataclasses.replace(tiny, **sizes, num_heads=16, num_kv_heads=8, head_dim=4)
 
 
 @pytest.fixture

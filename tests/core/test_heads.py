@@ -1,6 +1,7 @@
 """The scalar head as a reward model and as a critic."""
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,10 @@ import pytest
 from almost_jax.core import heads, llama
 from almost_jax.core.llama import LlamaConfig, Params
 from almost_jax.core.losses import next_token_logprobs
+
+# Compiled once for each shape.
+hidden_states = jax.jit(llama.hidden_states, static_argnames="config")
+sequence_scores = jax.jit(heads.sequence_scores, static_argnames="config")
 
 LENGTHS = np.array([7, 1, 4, 6], np.int32)
 
@@ -25,11 +30,11 @@ def tokens() -> np.ndarray:
 
 
 def test_12_score_is_read_at_the_last_real_token(scorer: Params, tiny: LlamaConfig, tokens: np.ndarray) -> None:
-    found = np.asarray(heads.sequence_scores(scorer, tiny, jnp.asarray(tokens), jnp.asarray(LENGTHS)))
+    found = np.asarray(sequence_scores(scorer, tiny, jnp.asarray(tokens), jnp.asarray(LENGTHS)))
     kernel = np.asarray(scorer["score"]["kernel"])
     assert found.dtype == np.float32
     for row, length, score in zip(tokens, LENGTHS, found, strict=True):
-        alone = np.asarray(llama.hidden_states(scorer, tiny, jnp.asarray(row[:length])[None]))[0, -1]
+        alone = np.asarray(hidden_states(scorer, tiny, jnp.asarray(row[:length])[None]))[0, -1]
         np.testing.assert_allclose(score, alone @ kernel, atol=1e-5)
     assert len(set(found.round(3).tolist())) == 4
 
@@ -41,40 +46,41 @@ def test_12_nothing_after_the_last_token_changes_the_score(
     for row, length in zip(other, LENGTHS, strict=True):
         row[length:] = (row[length:] + 11) % 37
     assert (other != tokens).sum() == 28 - LENGTHS.sum()
-    scores = [heads.sequence_scores(scorer, tiny, jnp.asarray(rows), jnp.asarray(LENGTHS)) for rows in (tokens, other)]
+    scores = [sequence_scores(scorer, tiny, jnp.asarray(rows), jnp.asarray(LENGTHS)) for rows in (tokens, other)]
     np.testing.assert_array_equal(*scores)
     changed = tokens.copy()
     changed[np.arange(4), LENGTHS - 1] = (changed[np.arange(4), LENGTHS - 1] + 1) % 37
-    moved = heads.sequence_scores(scorer, tiny, jnp.asarray(changed), jnp.asarray(LENGTHS))
+    moved = sequence_scores(scorer, tiny, jnp.asarray(changed), jnp.asarray(LENGTHS))
     assert (np.abs(np.asarray(moved) - np.asarray(scores[0])) > 1e-4).all()
 
 
 def test_12_an_empty_row_scores_nan_and_leaves_the_others_alone(
     scorer: Params, tiny: LlamaConfig, tokens: np.ndarray
 ) -> None:
-    found = heads.sequence_scores(scorer, tiny, jnp.asarray(tokens), jnp.asarray([7, 0, 4, 6], jnp.int32))
-    expected = heads.sequence_scores(scorer, tiny, jnp.asarray(tokens), jnp.asarray(LENGTHS))
+    found = sequence_scores(scorer, tiny, jnp.asarray(tokens), jnp.asarray([7, 0, 4, 6], jnp.int32))
+    expected = sequence_scores(scorer, tiny, jnp.asarray(tokens), jnp.asarray(LENGTHS))
     assert np.isnan(found[1])
     np.testing.assert_array_equal(np.delete(found, 1), np.delete(expected, 1))
+
+
+@partial(jax.jit, static_argnums=1)
+def everything(params: Params, config: LlamaConfig, tokens: jax.Array, lengths: jax.Array) -> tuple[jax.Array, ...]:
+    logits = llama.logits(params, config, llama.hidden_states(params, config, tokens))
+    values = heads.token_scores(params, config, tokens)
+    return next_token_logprobs(logits, tokens, 0.7), values, heads.sequence_scores(params, config, tokens, lengths)
 
 
 def test_04_padding_and_batch_mates_change_no_logprob_value_or_score(
     scorer: Params, tiny: LlamaConfig, tokens: np.ndarray
 ) -> None:
-    batch = jnp.asarray(tokens)
-    logprobs = next_token_logprobs(llama.logits(scorer, tiny, llama.hidden_states(scorer, tiny, batch)), batch, 0.7)
-    values = heads.token_scores(scorer, tiny, batch)
-    scores = heads.sequence_scores(scorer, tiny, batch, jnp.asarray(LENGTHS))
+    logprobs, values, scores = everything(scorer, tiny, jnp.asarray(tokens), jnp.asarray(LENGTHS))
     for index, length in enumerate(LENGTHS):
-        for padding in (0, 9):
-            row = jnp.pad(batch[index : index + 1, :length], ((0, 0), (0, padding)))
-            single = next_token_logprobs(llama.logits(scorer, tiny, llama.hidden_states(scorer, tiny, row)), row, 0.7)
-            np.testing.assert_allclose(single[0, :length], logprobs[index, :length], atol=1e-5)
-            np.testing.assert_allclose(
-                heads.token_scores(scorer, tiny, row)[0, :length], values[index, :length], atol=1e-5
-            )
-            score = heads.sequence_scores(scorer, tiny, row, jnp.asarray([length], jnp.int32))
-            np.testing.assert_allclose(score[0], scores[index], atol=1e-5)
+        for padding in (0, 5):
+            row = jnp.pad(jnp.asarray(tokens)[index : index + 1, :length], ((0, 0), (0, padding)))
+            alone = everything(scorer, tiny, row, jnp.asarray([length], jnp.int32))
+            np.testing.assert_allclose(alone[0][0, :length], logprobs[index, :length], atol=1e-5)
+            np.testing.assert_allclose(alone[1][0, :length], values[index, :length], atol=1e-5)
+            np.testing.assert_allclose(alone[2][0], scores[index], atol=1e-5)
 
 
 def test_a_head_is_added_replaced_and_named(tiny: LlamaConfig, scorer: Params) -> None:

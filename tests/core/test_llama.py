@@ -85,8 +85,14 @@ def oracle_logits(params: Params, c: LlamaConfig, tokens: np.ndarray) -> np.ndar
     return x @ (p["embedding"].T if c.tie_embeddings else p["lm_head"]["kernel"])
 
 
+# Compiled once for each configuration and shape.
+hidden_states = jax.jit(llama.hidden_states, static_argnames="config")
+logits = jax.jit(llama.logits, static_argnames="config")
+continued = jax.jit(llama.hidden_states_cached, static_argnames="config")
+
+
 def full_logits(params: Params, config: LlamaConfig, tokens: jax.Array) -> jax.Array:
-    return llama.logits(params, config, llama.hidden_states(params, config, tokens))
+    return logits(params, config, hidden_states(params, config, tokens))
 
 
 @pytest.mark.parametrize("rope", ROPES.values(), ids=ROPES)
@@ -159,17 +165,16 @@ def test_03_cached_decoding_equals_the_full_forward_pass(
         assert shared.length == prefix_length
     cache = llama.empty_cache(config, 3, 12)
     parts: list[list[np.ndarray]] = [[], [], []]
-    step = jax.jit(
-        lambda p, t, c, n, s: llama.hidden_states_cached(p, config, t, c, n, prefix=s), static_argnames=()
-    )
     done = np.zeros(3, int)
     for turn in turns:
         width = int(turn.max())
         tokens = np.full((3, width), 9, np.int32)  # a real word as padding: it must not matter
         for b in range(3):
             tokens[b, : turn[b]] = rows[b][done[b] : done[b] + turn[b]]
-        hidden, cache = step(params, jnp.asarray(tokens), cache, jnp.asarray(turn, jnp.int32), shared)
-        out = np.asarray(llama.logits(params, config, hidden))
+        hidden, cache = continued(
+            params, config, jnp.asarray(tokens), cache, jnp.asarray(turn, jnp.int32), prefix=shared
+        )
+        out = np.asarray(logits(params, config, hidden))
         for b in range(3):
             parts[b].extend(out[b, : turn[b]])
         done += turn
@@ -191,9 +196,9 @@ def test_03_full_pass_over_a_shared_prefix_equals_concatenation(
     rng = np.random.default_rng(4)
     prefix, rows = rng.integers(0, 37, 5).astype(np.int32), rng.integers(0, 37, (2, 6)).astype(np.int32)
     shared = llama.prefill_prefix(params, config, jnp.asarray(prefix))
-    found = llama.hidden_states(params, config, jnp.asarray(rows), prefix=shared)
+    found = hidden_states(params, config, jnp.asarray(rows), prefix=shared)
     joined = jnp.asarray(np.concatenate([np.tile(prefix, (2, 1)), rows], axis=1))
-    expected = llama.hidden_states(stacked, tiny, joined)[:, 5:]
+    expected = hidden_states(stacked, tiny, joined)[:, 5:]
     np.testing.assert_allclose(np.asarray(found), np.asarray(expected), atol=2e-5)
 
 
@@ -204,8 +209,8 @@ def test_packed_rows_equal_separate_rows(tiny: LlamaConfig, make_params: MakePar
     packed = jnp.asarray(np.concatenate([first, second]))[None]
     segments = jnp.asarray([0] * 4 + [1] * 7, jnp.int32)[None]
     positions = jnp.asarray([*range(4), *range(7)], jnp.int32)[None]
-    found = llama.hidden_states(params, tiny, packed, positions=positions, segment_ids=segments)[0]
-    expected = [llama.hidden_states(params, tiny, jnp.asarray(row)[None])[0] for row in (first, second)]
+    found = hidden_states(params, tiny, packed, positions=positions, segment_ids=segments)[0]
+    expected = [hidden_states(params, tiny, jnp.asarray(row)[None])[0] for row in (first, second)]
     np.testing.assert_allclose(np.asarray(found), np.concatenate(expected), atol=2e-5)
 
 
@@ -228,8 +233,8 @@ def test_remat_changes_neither_loss_nor_gradients(tiny: LlamaConfig, make_params
     def loss(params: Params, config: LlamaConfig) -> jax.Array:
         return jnp.square(jax.nn.softmax(full_logits(params, config, tokens))).sum()
 
-    plain = jax.value_and_grad(loss)(params, config)
-    saved = jax.value_and_grad(loss)(params, dataclasses.replace(config, remat=True))
+    grad = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+    plain, saved = grad(params, config), grad(params, dataclasses.replace(config, remat=True))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), plain, saved)
     jaxpr = str(jax.make_jaxpr(lambda p: loss(p, dataclasses.replace(config, remat=True)))(params))
     assert "checkpoint" in jaxpr or "remat" in jaxpr, "remat reached the program"
@@ -239,12 +244,12 @@ def test_bfloat16_computes_in_bfloat16_and_returns_float32_logits(tiny: LlamaCon
     config = dataclasses.replace(tiny, dtype="bfloat16")
     params = make_params(config, 9)
     tokens = jnp.arange(6, dtype=jnp.int32)[None]
-    hidden = llama.hidden_states(params, config, tokens)
-    assert hidden.dtype == jnp.bfloat16 and llama.logits(params, config, hidden).dtype == jnp.float32
+    hidden = hidden_states(params, config, tokens)
+    assert hidden.dtype == jnp.bfloat16 and logits(params, config, hidden).dtype == jnp.float32
     assert llama.empty_cache(config, 2, 3).keys.dtype == jnp.bfloat16
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
     close = full_logits(params, tiny, tokens)
-    assert 0 < jnp.abs(llama.logits(params, config, hidden) - close).max() < 0.5
+    assert 0 < jnp.abs(logits(params, config, hidden) - close).max() < 0.5
 
 
 def test_every_layer_is_initialised_differently(tiny: LlamaConfig) -> None:
