@@ -91,12 +91,15 @@ def play(run: Run, name: str, n: int, scorer: RewardScorer | None) -> dict[str, 
     queries = [
         query for query in read_records(run.path("queries.jsonl")) if plain_text(query["text"]) not in evaluation
     ][: config.queries]
+    path = run.path(f"{name}.jsonl")
+    expected = [query["id"] for query in queries]
+    if path.exists() and [record["query_id"] for record in read_records(path)] == expected:
+        # The stage was stopped after this file: what is finished isn't played again.
+        return summarize(read_records(path))
     assistant = _speaker(run, config.assistant, config.sampling, f"{name}/assistant")
     user = _speaker(run, config.user, config.user_sampling, f"{name}/user")
     chunk = max(config.sampling.batch_size, config.user_sampling.batch_size)
-    path = run.path(f"{name}.jsonl")
     with RecordWriter(path, key=lambda record: record["query_id"]) as writer:
-        expected = [query["id"] for query in queries]
         if not writer.done <= set(expected):
             raise InputError(f"{path}.partial: was begun with other queries; delete it to start anew")
         with run.progress(name, len(queries), len(writer.done)) as progress:

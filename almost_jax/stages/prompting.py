@@ -9,6 +9,7 @@ from almost_jax.io.models import Model
 from almost_jax.io.tokenizer import Tokenizer
 from almost_jax.sampling.engine import Completion, Request, generate
 from almost_jax.sampling.sampler import SamplingRules
+from almost_jax.stages.dialogues import prompt_tokens
 from almost_jax.stages.templates import LABELS, Role, Turn, query_prompt
 
 # Prompts are padded to a multiple of this many tokens, so that few shapes are compiled.
@@ -63,8 +64,14 @@ def respond(
     """
     tokenizer = model.tokenizer
     vanilla = bool(demonstrations_text)
-    prefix = _bos(tokenizer) + (tokenizer.encode(demonstrations_text) if vanilla else [])
-    prompts = [tokenizer.encode(query_prompt(request.turns, next_role)) for request in requests]
+    if vanilla:
+        prefix = _bos(tokenizer) + tokenizer.encode(demonstrations_text)
+        prompts = [tokenizer.encode(query_prompt(request.turns, next_role)) for request in requests]
+    elif next_role == "assistant":
+        # As in fine-tuning: the end of text stands behind every earlier turn of the assistant.
+        prefix, prompts = [], [prompt_tokens(tokenizer, request.turns) for request in requests]
+    else:
+        raise ValueError("a fine-tuned model knows the assistant's turns alone; give demonstrations for the human's")
     stops = stop_strings() if vanilla else ()
     rules = sampling_rules(sampling, stop_tokens(tokenizer, stops))
     completions = generate(

@@ -307,8 +307,15 @@ def reference_texts(train: Sequence[Pair], count: int, seed: int) -> list[str]:
 
 
 def load_reward_model(run: Run, name: str) -> Model:
-    """The model that a reward stage has saved."""
-    return load_model(str(run.path(name, "model")), run.mesh, run.config.compute_dtype)
+    """The model that a reward stage has saved.
+
+    Raises:
+        InputError: it is missing, damaged or not a reward model.
+    """
+    model = load_model(str(run.path(name, "model")), run.mesh, run.config.compute_dtype)
+    if model.kind != "reward":
+        raise InputError(f"{run.path(name, 'model')} is a {model.kind}; expected a reward model")
+    return model
 
 
 def _tokenized(

@@ -126,7 +126,7 @@ def run_stage(run: Run) -> dict[str, Any]:
             update = training if step > ppo.critic_warmup_steps else warming
             rows = batch_indices(step - 1, ppo.batch_size, len(prompts.texts), run.seed("rlsf/prompts"))
             state, samples, on_device = ppo_step(run, state, actors, prompts, rows, step, update)
-            row_kl, row_score = (np.asarray(on_device.pop(name)) for name in ("row_kl", "row_score"))
+            row_kl, row_score = (on_device.pop(name) for name in ("row_kl", "row_score"))
             figures = host_figures(NAME, step, on_device, checkpoints)
             figures["learning_rate"] = policy_learning_rate(ppo, step)
             state = state.replace(kl_coef=next_kl_coef(state.kl_coef, figures["kl"], ppo))
@@ -134,7 +134,9 @@ def run_stage(run: Run) -> dict[str, Any]:
             if step % ppo.log_every == 0 or last:
                 metrics.log(step, figures)
             if step % ppo.sample_every == 0 or step == 1 or last:
-                shown += sample_records(actors, prompts, rows, samples, row_score, row_kl, step)
+                # Every host needs whole arrays; they are split over the devices of all.
+                fetched = jax.device_get(jax.device_put((samples, row_score, row_kl), replicated(run.mesh)))
+                shown += sample_records(actors, prompts, rows, *fetched, step)
                 write_records(run.path(NAME, "samples.jsonl"), shown)
             if step % ppo.sample_every == 0 or last:
                 save_policy(run, actors, state, step)
@@ -383,14 +385,23 @@ def sample_records(
     actors: Actors,
     prompts: Prompts,
     rows: np.ndarray,
-    samples: Samples,
+    samples: Any,
     scores: np.ndarray,
     kls: np.ndarray,
     step: int,
 ) -> list[Record]:
-    """The first rollouts of a step, to be read by people."""
+    """The first rollouts of a step, to be read by people.
+
+    Args:
+        actors: for the tokenizer.
+        prompts: all of them.
+        rows: [B] indices of the step's prompts.
+        samples: `Samples` on the host.
+        scores, kls: [B], not normalised, and summed over each response.
+        step: counted from 1.
+    """
     shown = range(min(SAMPLES_SHOWN, len(rows)))
-    tokens, lengths, stopped = (np.asarray(array) for array in (samples.tokens, samples.lengths, samples.stopped))
+    tokens, lengths, stopped = samples.tokens, samples.lengths, samples.stopped
     records: list[Record] = []
     for row in shown:
         content = tokens[row, : lengths[row] - int(stopped[row])].tolist()
