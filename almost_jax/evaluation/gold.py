@@ -27,6 +27,7 @@ from almost_jax.microworld.gold import gold_score, kind
 from almost_jax.microworld.world import generate_queries
 from almost_jax.sampling.engine import Request, generate
 from almost_jax.sampling.scoring import completion_logprobs
+from almost_jax.stages.dialogues import prompt_tokens
 from almost_jax.stages.prompting import (
     PROMPT_MULTIPLE,
     DialogueRequest,
@@ -37,7 +38,7 @@ from almost_jax.stages.prompting import (
     stop_tokens,
 )
 from almost_jax.stages.reward import RewardScorer
-from almost_jax.stages.templates import Turn, demonstrations_text, query_prompt
+from almost_jax.stages.templates import Turn, demonstrations_text
 
 # Responses are sampled, scored and written in groups of this many sampling batches; a resumed evaluation repeats a
 # torn group from its beginning, so that every score is computed in the batch it would have been computed in.
@@ -269,8 +270,7 @@ def _with_log_ratio(
     exactly 0; greedy sampling is scored at temperature 1.
     """
     tokenizer, sampling = model.tokenizer, system.sampling
-    prefix = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    prompts = [tokenizer.encode(query_prompt(_asked(query), "assistant")) for _, query in group]
+    prompts = [prompt_tokens(tokenizer, _asked(query)) for _, query in group]
     rules = sampling_rules(sampling, stop_tokens(tokenizer, ()))
     completions = list(
         generate(
@@ -279,7 +279,7 @@ def _with_log_ratio(
             [Request(request_id, tuple(prompt)) for (request_id, _), prompt in zip(group, prompts, strict=True)],
             rules,
             seed=system.seed,
-            prefix_tokens=prefix,
+            prefix_tokens=(),
             batch_size=sampling.batch_size,
             prompt_multiple=PROMPT_MULTIPLE,
         )
@@ -290,7 +290,7 @@ def _with_log_ratio(
             for logprobs in completion_logprobs(
                 scored.params,
                 scored.config,
-                [[*prefix, *prompt] for prompt in prompts],
+                prompts,
                 [completion.tokens for completion in completions],
                 temperature=sampling.temperature or 1.0,
                 batch_size=sampling.batch_size,
