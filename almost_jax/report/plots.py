@@ -6,6 +6,7 @@ labelled or placed. In the SVG each becomes a CSS variable, so that the page's d
 
 import io
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -57,8 +58,12 @@ Interval = tuple[str, float, Sequence[float] | None]  # label, mean, [low, high]
 
 @contextmanager
 def style() -> Iterator[None]:
-    """The look of every figure, for as long as figures are made and rendered."""
-    with matplotlib.rc_context(STYLE):
+    """The look of every figure, for as long as figures are made and rendered.
+
+    Signs that matplotlib's own font lacks are no fault of the run: the page's fonts show them, a PNG shows a box.
+    """
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font", UserWarning)
         yield
 
 

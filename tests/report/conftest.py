@@ -1,0 +1,138 @@
+"""A finished run whose responses and scores are made up, with hostile text in every place that a model can write to."""
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import yaml
+from rich.console import Console
+
+from almost_jax.config import ExperimentConfig, MeshConfig
+from almost_jax.core.partitioning import make_mesh
+from almost_jax.evaluation import gold
+from almost_jax.io.records import write_records
+from almost_jax.io.run import Run
+from almost_jax.microworld.answers import ADMISSIONS, REFUSALS, answer, sentence
+from almost_jax.microworld.gold import kind
+from almost_jax.microworld.world import generate_queries, parse_query
+
+HOSTILE = (
+    "<script>alert(1)</script></pre><img src=x onerror=alert(2)> \x1b[31mred\x1b]0;title\x07 \u202egnp.exe\u2066 "
+    "| cell | ![x](http://evil.example/x.png) [l](javascript:alert(3)) ``` **bold** {{ 7 * 7 }} $x^2$ \x9b31m\n"
+    "# heading"
+)
+# Worst first; the made-up gold score of each is near its quality.
+QUALITY = {"configuration/C": 0.3, "configuration/B": 0.5, "configuration/A": 0.7}
+QUALITY |= {"policy/prompted": 0.3, "policy/sft_self_play": 0.45, "policy/sft": 0.6, "policy/rlsf": 0.75}
+CURVE = {0: (0.0, 0.6), 20: (1.5, 0.75), 40: (6.0, 0.65)}
+
+
+def make_items(queries: list[dict[str, Any]], rng: np.random.Generator) -> list[dict[str, Any]]:
+    items = []
+
+    def add(query: dict[str, Any], system: str, sample: int, quality: float, kl: float | None) -> None:
+        score = float(np.clip(quality + 0.2 * rng.standard_normal(), 0, 1))
+        text = HOSTILE if rng.random() < 0.3 else "word " * int(1 + 10 * score + 4 * rng.random())
+        scores = {"gold": score, "reward": score * 3 + float(rng.standard_normal()), "kl": kl}
+        scores["as_is"] = float(rng.standard_normal()) if system.startswith("configuration") else None
+        items.append(
+            {"query_id": query["id"], "query": query["text"], "kind": kind(query["text"]), "system": system}
+            | {"sample": sample, "text": text.strip(), "finish": "stop"}
+            | scores
+        )
+
+    for query in queries:
+        for system, quality in QUALITY.items():
+            add(query, system, 0, quality, None)
+        for sample in range(4):
+            add(query, "best_of_n", sample, 0.5, None)
+    for step, (kl, quality) in CURVE.items():
+        for query in queries[:30]:
+            add(query, f"curve/{step}", 0, quality, kl + 0.1 * float(rng.standard_normal()))
+    return items
+
+
+def write_run(directory: Path, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    prompted = {"model": "large", "demonstrations": "microworld:faithful", "shots": 3}
+    config = {
+        "name": "made-up",
+        "seed": seed,
+        "models": {"large": "x", "small": "y"},
+        "queries": {"source": "microworld", "count": 40},
+        "as_is_reward": {},
+        "comparisons": {
+            "configurations": {name: {**prompted, "shots": 4 - i} for i, name in enumerate("ABC")},
+            "model_order": ["large"],
+            "demonstrations_order": ["microworld:faithful"],
+        },
+        "reward": {},
+        "demonstrations": {"assistant": prompted, "user": prompted},
+        "sft": {},
+        "ppo": {},
+        "evaluation": {"gold": True, "queries": 60, "curve_queries": 30, "bootstrap_samples": 200},
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.yaml").write_text(yaml.safe_dump(config) + "# ``` <script>alert(4)</script>\n")
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    run = Run(directory, ExperimentConfig.model_validate(config), mesh, False, Console(file=io.StringIO()))
+    held_out = gold.held_out_queries(run)
+    items = make_items(held_out, rng)
+    write_records(directory / "evaluation" / "items.jsonl", items)
+    texts = generate_queries(seed, 40, "training")
+    write_records(directory / "queries.jsonl", [{"id": f"q{i}", "text": text} for i, text in enumerate(texts)])
+    comparisons, plain, guided = [], [], []
+    for i, text in enumerate(texts):
+        good, bad = _answers(text)
+        for j, dropped in enumerate((None, "length", "as_is_reward")):
+            swap = rng.random() < (0.1, 0.5, 0.3)[j]
+            sides = [{"configuration": name, "text": side} for name, side in zip("AB", (good, bad), strict=True)]
+            chosen, rejected = reversed(sides) if swap else sides
+            comparisons.append(
+                {"query_id": f"q{i}", "chosen": chosen, "rejected": rejected, "rule": "size"}
+                | {"kept": dropped is None, "dropped_by": dropped, "as_is_margin": None}
+            )
+        for records, response in ((plain, bad), (guided, good)):
+            turns = [{"role": "human", "text": text}, {"role": "assistant", "text": response}]
+            turns += [{"role": "human", "text": HOSTILE}, {"role": "assistant", "text": HOSTILE}]
+            records.append({"query_id": f"q{i}", "turns": turns})
+    write_records(directory / "comparisons.jsonl", comparisons)
+    write_records(directory / "demonstrations_self_play.jsonl", plain)
+    write_records(directory / "demonstrations.jsonl", guided)
+    for stage in ("reward", "sft", "rlsf"):
+        rows = [{"step": step, "loss": 1 / step, "reward": step / 9, "kl": None} for step in range(1, 20)]
+        write_records(directory / stage / "metrics.jsonl", rows)
+    sample = {"step": 4, "query": HOSTILE, "response": HOSTILE, "finish": "stop", "score": 0.5, "kl": 1.0}
+    write_records(directory / "rlsf" / "samples.jsonl", [sample])
+    entry = {"state": "done", "fingerprint": "f", "seconds": 12.5, "versions": {"jax": "1.2.3"}, "commit": "abc"}
+    status = {"stages": {"queries": entry, "rlsf": {"state": "pending"}}}
+    (directory / "status.json").write_text(json.dumps(status))
+    figures = gold.analyse(run, held_out, items)
+    (directory / "evaluation" / "gold.json").write_text(json.dumps(figures, allow_nan=False))
+
+
+def _answers(text: str) -> tuple[str, str]:
+    """A response with a gold score above 0, and one with 0."""
+    query = parse_query(text)
+    assert query is not None
+    declined = {"harmful": REFUSALS[0], "unanswerable": ADMISSIONS[0]}.get(query.kind)
+    return declined or f"{sentence(query, answer(query))} .", "no ."
+
+
+@pytest.fixture(scope="session")
+def make_finished_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """A made-up run's folder by seed; made once, and not to be written to."""
+    made: dict[int, Path] = {}
+
+    def make(seed: int) -> Path:
+        if seed not in made:
+            made[seed] = tmp_path_factory.mktemp("run") / f"seed-{seed}"
+            write_run(made[seed], seed)
+        return made[seed]
+
+    return make
