@@ -112,8 +112,9 @@ def _top_p(weights: Array, top_p: float) -> Array:
         mass = jnp.where(bits >= higher[:, None], weights, 0.0).sum(axis=1)
         return jnp.where(mass >= target, higher, edge)
 
-    # From 1, not 0: an edge of 0 would let in what has no weight.
-    edge = jax.lax.fori_loop(0, _UNIT_BITS, narrow, jnp.ones(target.shape, jnp.int32), unroll=5)
+    edge = jax.lax.fori_loop(0, _UNIT_BITS, narrow, jnp.zeros(target.shape, jnp.int32))
+    # Rounding may keep the whole sum below a target close to it; an edge of 0 would let in what has no weight.
+    edge = jnp.maximum(edge, 1)
     above, tied = bits > edge[:, None], bits == edge[:, None]
     missing = target - jnp.where(above, weights, 0.0).sum(axis=1)
     held_before = _rank(tied).astype(jnp.float32) * jax.lax.bitcast_convert_type(edge, jnp.float32)[:, None]
