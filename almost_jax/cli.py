@@ -113,7 +113,11 @@ def status_command(folder: Folder) -> None:
             note,
         )
         table.add_row(*(Text(cell) for cell in cells))
-    _console().print(table)
+    console = _console()
+    if not console.is_terminal:
+        # A file or a pipe has no width; reasons stay on their line.
+        console.width = 1000
+    console.print(table)
 
 
 @app.command("report")

@@ -1,5 +1,6 @@
 """What a stage's outputs depend on: the config values it reads, and the content of the models and files these name."""
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -22,36 +23,47 @@ NEUTRAL = ("sampling.batch_size", "user_sampling.batch_size", "micro_batches", "
 HASHED_BYTES = 64 * 2**20
 
 
-def stage_values(reads: Sequence[str], config: ExperimentConfig) -> Values:
-    """Everything outside upstream stages that a stage's outputs depend on, by dotted key.
+@dataclasses.dataclass(frozen=True)
+class Value:
+    """Something that outputs depend on: the config key by which a stage reads it, its name to people, and itself."""
 
-    Args:
-        reads: the sections and keys that the stage reads.
-        config: the experiment.
+    key: str
+    name: str
+    value: Any
+
+
+def all_values(config: ExperimentConfig) -> list[Value]:
+    """Everything outside a run's folder that the outputs of its stages depend on.
+
+    The seed and the compute dtype have the key "": every stage reads them.
 
     Raises:
         InputError: a model, or a file that the config names, is missing.
     """
-
-    def is_read(key: str) -> bool:
-        return any(key == read or key.startswith(f"{read}.") for read in reads)
-
-    values: Values = {"seed": config.seed, "compute_dtype": config.compute_dtype}
+    found = [Value("", "seed", config.seed), Value("", "compute_dtype", config.compute_dtype)]
     for key, value in _flatten(config.model_dump(mode="json"), ""):
         # Self-instruct compares its own settings when it goes on, batch size included.
         within_self_instruct = key.startswith("queries.self_instruct.")
         if within_self_instruct and config.queries.source != "self_instruct":
             continue
-        if is_read(key) and (within_self_instruct or not key.endswith(tuple(f".{end}" for end in NEUTRAL))):
-            values[key] = value
+        if within_self_instruct or not key.endswith(tuple(f".{end}" for end in NEUTRAL)):
+            found.append(Value(key, key, value))
+    contents = {
+        name: _digest(model_path(name, config.models[name])) for name in {name for _, name in config.model_references()}
+    }
     for key, name in config.model_references():
-        if is_read(key):
-            values[f"models.{name}"] = config.models[name]
-            values[f"content of models.{name}"] = _digest(model_path(name, config.models[name]))
-    for key, path in _files(config):
-        if is_read(key):
-            values[f"content of {key}"] = _digest(path)
-    return values
+        found.append(Value(key, f"models.{name}", config.models[name]))
+        found.append(Value(key, f"content of models.{name}", contents[name]))
+    return found + [Value(key, f"content of {key}", _digest(path)) for key, path in _files(config)]
+
+
+def values_of(reads: Sequence[str], found: Sequence[Value]) -> Values:
+    """Those values that a stage reads, by their names; `reads` are its sections and keys."""
+    return {
+        one.name: one.value
+        for one in found
+        if not one.key or any(one.key == read or one.key.startswith(f"{read}.") for read in reads)
+    }
 
 
 def differences(before: Values, now: Values) -> list[str]:

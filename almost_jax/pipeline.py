@@ -14,7 +14,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from jax.sharding import Mesh
 from rich.console import Console
@@ -38,7 +38,7 @@ from almost_jax.folder import (
     versions,
     write_status,
 )
-from almost_jax.inputs import Values, check_inputs, differences, stage_values
+from almost_jax.inputs import Values, all_values, check_inputs, differences, values_of
 from almost_jax.io.records import write_bytes
 from almost_jax.io.run import Run
 from almost_jax.report import page
@@ -46,6 +46,8 @@ from almost_jax.stages import as_is_reward, comparisons, demonstrations, queries
 
 # status.json says this often how far a running stage is.
 SECONDS_BETWEEN_STEPS = 5.0
+
+Action: TypeAlias = Literal["skip", "resume", "run", "stale"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,14 +124,21 @@ STAGES: tuple[Stage, ...] = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """What is to be done with a stage. `why` says what changed or is missing; "" where nothing did."""
+class Fingerprint:
+    """What outputs depend on: values by name, the digests of the stages before, and the digest of all that."""
 
-    stage: Stage
-    fingerprint: str
+    digest: str
     values: Values
     upstream: dict[str, str]
-    action: str  # skip, resume, run, stale
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is to be done with a stage, and why: what changed or is missing, "" where nothing did."""
+
+    stage: Stage
+    fingerprint: Fingerprint
+    action: Action
     why: str
 
 
@@ -153,15 +162,18 @@ def run_experiment(
     """
     last = len(STAGES) if until is None else _place(until) + 1
     check_inputs(config)
+    prints = fingerprints(config)
     try:
         mesh = make_mesh(config.mesh)
     except ValueError as error:
         raise InputError(str(error)) from error
     with locked(directory):
-        pipeline = _Pipeline(config, directory, mesh, tensorboard, console, read_status(directory))
+        made_with = {"versions": versions(), "commit": git_commit()}
+        pipeline = _Pipeline(config, directory, mesh, tensorboard, console, made_with, read_status(directory))
         write_bytes(directory / "config.yaml", dump_experiment(config).encode())
         for number, stage in enumerate(STAGES[:last], start=1):
-            pipeline.bring_up_to_date(stage, f"[{number}/{len(STAGES)}] {stage.name}")
+            plan = plan_stage(stage, prints[stage.name], directory, pipeline.status)
+            pipeline.bring_up_to_date(plan, f"[{number}/{len(STAGES)}] {stage.name}")
         return pipeline.status
 
 
@@ -174,11 +186,12 @@ class _Pipeline:
     mesh: Mesh
     tensorboard: bool
     console: Console
+    made_with: Entry
     status: Status
 
-    def bring_up_to_date(self, stage: Stage, title: str) -> None:
+    def bring_up_to_date(self, plan: Plan, title: str) -> None:
         """Skip, resume or run one stage, after saying which and why."""
-        plan = next(plan for plan in make_plan(self.config, self.directory, self.status) if plan.stage is stage)
+        stage = plan.stage
         entry = self.status.get(stage.name)
         if plan.action == "skip" and entry is not None:
             self.say(f"{title}: done already, in {_duration(entry)}")
@@ -188,12 +201,12 @@ class _Pipeline:
             set_aside(self.directory, stage.name, owned(stage.name, stage.outputs), entry)
             self.status.pop(stage.name, None)
             self.write()
-        kept = set_aside_entry(self.directory, stage.name, plan.fingerprint)
+        kept = set_aside_entry(self.directory, stage.name, plan.fingerprint.digest)
         if kept is not None:
             # The entry first: a kill in between leaves outputs that are known to be missing, not unknown ones.
             self.status[stage.name] = kept
             self.write()
-            bring_back(self.directory, stage.name, owned(stage.name, stage.outputs), plan.fingerprint)
+            bring_back(self.directory, stage.name, owned(stage.name, stage.outputs), plan.fingerprint.digest)
             self.say(f"{stage.name}: ran with these settings before; its outputs are back from stale/")
             if kept["state"] == "done":
                 return
@@ -212,11 +225,10 @@ class _Pipeline:
             "summary": None,
             "error": None,
             "outputs": [],
-            "versions": versions(),
-            "commit": git_commit(),
-            "fingerprint": plan.fingerprint,
-            "values": plan.values,
-            "upstream": plan.upstream,
+            **self.made_with,
+            "fingerprint": plan.fingerprint.digest,
+            "values": plan.fingerprint.values,
+            "upstream": plan.fingerprint.upstream,
         }
         self.status[name] = entry
         began, spent = time.monotonic(), entry["seconds"]
@@ -259,30 +271,42 @@ class _Pipeline:
 
 
 def make_plan(config: ExperimentConfig, directory: Path, status: Status) -> list[Plan]:
-    """Compare what each stage would read now with what it read when it ran."""
-    plans: list[Plan] = []
-    fingerprints: dict[str, str] = {}
+    """What is to be done with every stage.
+
+    Raises:
+        InputError: a model, or a file that the config names, is missing.
+    """
+    prints = fingerprints(config)
+    return [plan_stage(stage, prints[stage.name], directory, status) for stage in STAGES]
+
+
+def fingerprints(config: ExperimentConfig) -> dict[str, Fingerprint]:
+    """Of every stage: what it reads now, and a digest of that and of the stages before it."""
+    found = all_values(config)
+    prints: dict[str, Fingerprint] = {}
     for stage in STAGES:
-        values = stage_values(stage.reads, config)
-        upstream = {name: fingerprints[name] for name in stage.upstream}
+        values = values_of(stage.reads, found)
+        upstream = {name: prints[name].digest for name in stage.upstream}
         content = json.dumps([stage.name, values, upstream], sort_keys=True)
-        fingerprints[stage.name] = hashlib.sha256(content.encode()).hexdigest()
-        action, why = _compare(stage, fingerprints[stage.name], values, upstream, directory, status)
-        plans.append(Plan(stage, fingerprints[stage.name], values, upstream, action, why))
-    return plans
+        prints[stage.name] = Fingerprint(hashlib.sha256(content.encode()).hexdigest(), values, upstream)
+    return prints
 
 
-def _compare(
-    stage: Stage, fingerprint: str, values: Values, upstream: dict[str, str], directory: Path, status: Status
-) -> tuple[str, str]:
+def plan_stage(stage: Stage, fingerprint: Fingerprint, directory: Path, status: Status) -> Plan:
+    """Compare what a stage would read now with what it read when it ran, and look for its outputs."""
+    action, why = _compare(stage, fingerprint, directory, status)
+    return Plan(stage, fingerprint, action, why)
+
+
+def _compare(stage: Stage, fingerprint: Fingerprint, directory: Path, status: Status) -> tuple[Action, str]:
     entry = status.get(stage.name)
     if entry is None:
         left = [output for output in owned(stage.name, stage.outputs) if (directory / output).exists()]
         return ("stale", f"{left[0]} is there, but status.json does not know it") if left else ("run", "")
-    if entry["fingerprint"] != fingerprint:
-        reasons = differences(entry["values"], values)
+    if entry["fingerprint"] != fingerprint.digest:
+        reasons = differences(entry["values"], fingerprint.values)
         if not reasons:
-            changed = [name for name in upstream if entry["upstream"].get(name) != upstream[name]]
+            changed = [name for name, digest in fingerprint.upstream.items() if entry["upstream"].get(name) != digest]
             reasons = [f"upstream {name} is stale" for name in changed] or ["the stages before it are others"]
         return "stale", ", ".join(reasons)
     if entry["state"] != "done":

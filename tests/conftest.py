@@ -6,7 +6,9 @@ from pathlib import Path
 # Read when jax is first imported, so these lines come before every other import.
 DEVICES = 8
 os.environ["JAX_PLATFORMS"] = "cpu"
-_flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "xla_force_host_platform_device_count" not in flag]
+_flags = [
+    flag for flag in os.environ.get("XLA_FLAGS", "").split() if "xla_force_host_platform_device_count" not in flag
+]
 os.environ["XLA_FLAGS"] = " ".join([*_flags, f"--xla_force_host_platform_device_count={DEVICES}"])
 
 import jax  # noqa: E402
@@ -28,3 +30,16 @@ def _eight_devices() -> None:
 def experiments_folder() -> Path:
     """The folder of the shipped experiment files."""
     return Path(__file__).parents[1] / "experiments"
+
+
+@pytest.fixture
+def micro_experiment(tmp_path: Path) -> Path:
+    """An experiment file on the micro-world's settings, its models being folders with a file each in tmp_path."""
+    for name in ("small", "medium", "large"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_text(name, encoding="utf-8")
+    base = Path(__file__).parents[1] / "experiments" / "microworld.yaml"
+    models = "\n".join(f"  {name}: {tmp_path / name}" for name in ("small", "medium", "large"))
+    path = tmp_path / "experiment.yaml"
+    path.write_text(f"base: {base}\nname: probe\nmodels:\n{models}\n", encoding="utf-8")
+    return path

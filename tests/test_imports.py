@@ -33,7 +33,7 @@ ROOT = "almost_jax"
 # The method must not see the gold score; the evaluation and the tools that build the micro-world do.
 GOLD = "almost_jax.microworld.gold"
 BLIND = ("config", "errors", "core", "sampling", "io", "stages", "experiments", "inputs", "folder")
-# The micro-world's tools run the whole chain of pretraining, so they may use what io and core offer, and the gold score.
+# The tools that build the micro-world pretrain models and grade answers: they may use io, core and the gold score.
 TOOLS = {"almost_jax.microworld.build", "almost_jax.microworld.pretrain", "almost_jax.microworld.answers"}
 
 

@@ -1,0 +1,426 @@
+"""The pipeline with stages that only write a line: order, skipping, resuming, staleness and its reasons, the lock."""
+
+import ast
+import dataclasses
+import inspect
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from almost_jax import inputs, pipeline
+from almost_jax.config import ExperimentConfig, Section
+from almost_jax.errors import InputError
+from almost_jax.experiments import load_experiment
+from almost_jax.folder import locked, read_status
+from almost_jax.io.run import Run
+from almost_jax.pipeline import STAGES, Stage, make_plan, run_experiment
+
+NAMES = [stage.name for stage in STAGES]
+
+
+class Bench:
+    """Runs the real list of stages with recorded stand-ins for their functions."""
+
+    def __init__(self, folder: Path, experiment: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.directory = folder / "run"
+        self.experiment = experiment
+        self.ran: list[str] = []
+        self.instead: dict[str, Callable[[Run], dict[str, Any]]] = {}
+        self.lines = ""
+        stages = tuple(dataclasses.replace(stage, run=self._stand_in(stage)) for stage in STAGES)
+        monkeypatch.setattr(pipeline, "STAGES", stages)
+
+    def _stand_in(self, stage: Stage) -> Callable[[Run], dict[str, Any]]:
+        def run_stage(run: Run) -> dict[str, Any]:
+            self.ran.append(stage.name)
+            if stage.name in self.instead:
+                return self.instead[stage.name](run)
+            for output in stage.outputs:
+                run.path(output).parent.mkdir(parents=True, exist_ok=True)
+                if output.endswith((".jsonl", ".md", ".html")):
+                    run.path(output).write_text(f"{stage.name} {run.config.seed} {run.config.ppo.kl_coef}")
+                else:
+                    run.path(output, "model").mkdir(parents=True, exist_ok=True)
+                    run.path(output, "model", "weights").write_text(f"{run.config.seed} {run.config.ppo.kl_coef}")
+            return {"outputs": len(stage.outputs)}
+
+        return run_stage
+
+    def __call__(self, overrides: Sequence[str] = (), until: str | None = None) -> list[str]:
+        """Run and give the stages that ran."""
+        self.ran = []
+        stream = io.StringIO()
+        try:
+            config = load_experiment(self.experiment, overrides)
+            run_experiment(config, self.directory, until, False, Console(file=stream, width=300))
+        finally:
+            self.lines = stream.getvalue()
+        return self.ran
+
+    def files(self) -> dict[str, bytes]:
+        return {
+            str(path.relative_to(self.directory)): path.read_bytes()
+            for path in sorted(self.directory.rglob("*"))
+            if path.is_file() and "stale" not in path.parts and path.name not in ("status.json", "config.yaml", ".lock")
+        }
+
+
+@pytest.fixture
+def bench(tmp_path: Path, micro_experiment: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
+    return Bench(tmp_path, micro_experiment, monkeypatch)
+
+
+def interrupt(run: Run) -> dict[str, Any]:
+    run.path("responses.jsonl.partial").write_text("half")
+    raise KeyboardInterrupt
+
+
+def fail(run: Run) -> dict[str, Any]:
+    raise RuntimeError("out of\nluck")
+
+
+def finish_responses(run: Run) -> dict[str, Any]:
+    text = run.path("responses.jsonl.partial").read_text()
+    run.path("responses.jsonl.partial").unlink()
+    run.path("responses.jsonl").write_text(text + " and half")
+    return {}
+
+
+def test_stages_run_in_order_and_say_what_they_were(bench: Bench) -> None:
+    assert bench() == NAMES
+    status = json.loads((bench.directory / "status.json").read_text())["stages"]
+    assert list(status) == NAMES
+    for entry in status.values():
+        assert entry["state"] == "done" and entry["summary"]["outputs"] == len(entry["outputs"])
+        assert entry["ended"] >= entry["started"] and entry["versions"]["jax"] and entry["error"] is None
+    assert load_experiment(bench.directory / "config.yaml", []) == load_experiment(bench.experiment, [])
+
+
+def test_finished_stages_are_skipped(bench: Bench) -> None:
+    bench()
+    before = bench.files()
+    assert bench() == []
+    assert bench.lines.count("done already") == len(NAMES) and bench.files() == before
+
+
+def test_until_stops_after_its_stage_and_the_next_run_goes_on(bench: Bench) -> None:
+    assert bench(until="comparisons") == NAMES[: NAMES.index("comparisons") + 1]
+    states = {name: entry["state"] for name, entry in status_file(bench).items()}
+    assert states["comparisons"] == "done" and states["reward"] == "pending"
+    assert bench() == NAMES[NAMES.index("comparisons") + 1 :]
+
+
+def test_until_an_unknown_stage_is_bad_input(bench: Bench) -> None:
+    with pytest.raises(InputError, match="did you mean reward"):
+        bench(until="rewrd")
+    assert not bench.directory.exists()
+
+
+def status_file(bench: Bench) -> dict[str, Any]:
+    return dict(json.loads((bench.directory / "status.json").read_text())["stages"])
+
+
+def test_an_interrupted_stage_resumes_with_what_it_had(bench: Bench) -> None:
+    bench.instead["responses"] = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        bench()
+    before = status_file(bench)["responses"]
+    assert before["state"] == "running" and bench.ran == ["queries", "evaluation_queries", "responses"]
+    bench.instead["responses"] = finish_responses
+    assert bench() == NAMES[2:]
+    assert "responses: resume" in bench.lines
+    assert (bench.directory / "responses.jsonl").read_text() == "half and half"
+    after = status_file(bench)["responses"]
+    assert after["started"] == before["started"] and after["seconds"] >= before["seconds"]
+
+
+def test_a_failed_stage_says_so_and_resumes(bench: Bench) -> None:
+    bench.instead["reward"] = fail
+    with pytest.raises(RuntimeError):
+        bench()
+    entry = status_file(bench)["reward"]
+    assert entry["state"] == "failed" and entry["error"] == "RuntimeError: out of luck"
+    del bench.instead["reward"]
+    assert bench() == NAMES[NAMES.index("reward") :]
+    assert status_file(bench)["reward"]["error"] is None
+
+
+def test_a_changed_key_makes_its_stage_and_what_follows_stale_and_says_why(bench: Bench) -> None:
+    bench()
+    before = bench.files()
+    assert bench(["ppo.kl_coef=0.1"]) == ["rlsf", "evaluation", "report"]
+    assert "rlsf: stale: ppo.kl_coef: 0.05 -> 0.1\n" in bench.lines
+    assert "evaluation: stale: upstream rlsf is stale\n" in bench.lines
+    assert "report: stale: upstream evaluation is stale\n" in bench.lines
+    after = bench.files()
+    changed = {path.split("/")[0] for path in before if before[path] != after[path]}
+    assert changed == {"rlsf", "evaluation", "report.md", "report.html", "figures"}
+    kept = list((bench.directory / "stale").glob("rlsf-*/rlsf/model/weights"))
+    assert [path.read_bytes() for path in kept] == [before["rlsf/model/weights"]]
+
+
+def test_old_settings_bring_old_outputs_back(bench: Bench) -> None:
+    bench()
+    before = bench.files()
+    bench(["ppo.kl_coef=0.1"])
+    assert bench() == []
+    assert bench.files() == before and "back from stale/" in bench.lines
+    assert bench(["ppo.kl_coef=0.1"]) == []
+    assert b"0.1" in bench.files()["rlsf/model/weights"]
+
+
+def test_outputs_of_an_interrupted_stage_come_back_unfinished(bench: Bench) -> None:
+    bench.instead["responses"] = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        bench()
+    del bench.instead["responses"]
+    bench(["comparisons.sampling.temperature=0.5"])
+    assert not (bench.directory / "responses.jsonl.partial").exists()
+    bench.instead["responses"] = finish_responses
+    assert bench()[0] == "responses"
+    assert (bench.directory / "responses.jsonl").read_text() == "half and half"
+
+
+def test_a_kill_while_outputs_come_back_loses_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench()
+    before = bench.files()
+    bench(["ppo.kl_coef=0.1"])
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "bring_back", killed)
+        with pytest.raises(KeyboardInterrupt):
+            bench()
+    assert bench() == [] and bench.files() == before
+
+
+@pytest.mark.parametrize(
+    ("override", "first"),
+    [
+        ("seed=1", "queries"),
+        ("queries.count=7", "queries"),
+        ("compute_dtype=bfloat16", "queries"),
+        ("comparisons.configurations.C.shots=4", "responses"),
+        ("as_is_reward.pairs=9", "as_is_reward"),
+        ("filters.length_rule=false", "comparisons"),
+        ("reward.margin=0.5", "reward"),
+        ("demonstrations.n=2", "demonstrations"),
+        ("sft.training.epochs=2", "sft"),
+        ("evaluation.best_of=2", "evaluation"),
+        ("name=other", "report"),
+    ],
+)
+def test_a_key_is_read_by_the_right_stage(bench: Bench, override: str, first: str) -> None:
+    bench()
+    ran = bench([override])
+    assert ran[0] == first and ran[-1] == "report"
+
+
+def test_filters_run_again_without_new_responses(bench: Bench) -> None:
+    bench()
+    assert not {"queries", "responses", "as_is_reward"} & set(bench(["filters.heuristic=false"]))
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "comparisons.sampling.batch_size=3",
+        "demonstrations.user_sampling.batch_size=3",
+        "ppo.micro_batches=2",
+        "sft.training.checkpoint_every=3",
+        "ppo.log_every=3",
+        "mesh.data=8",
+        "queries.self_instruct.in_context=3",
+    ],
+)
+def test_keys_that_change_no_result_make_nothing_stale(bench: Bench, override: str) -> None:
+    bench()
+    assert bench([override]) == []
+
+
+def test_the_order_of_configurations_counts() -> None:
+    reads = next(stage.reads for stage in STAGES if stage.name == "comparisons")
+    config = load_experiment(Path(__file__).parents[1] / "experiments" / "microworld.yaml", [])
+    dump = config.model_dump(mode="json")
+    turned = dict(reversed(dump["comparisons"]["configurations"].items()))
+    dump["comparisons"]["configurations"] = turned
+    leaves = dict(inputs._flatten(dump, ""))
+    assert leaves["comparisons.configurations.order"] == ["E", "D", "C", "B", "A"]
+    assert any("comparisons.configurations.order".startswith(read) for read in reads)
+
+
+def test_another_model_behind_a_name_is_noticed(bench: Bench, tmp_path: Path) -> None:
+    bench()
+    (tmp_path / "medium" / "weights").write_text("better")
+    assert bench()[0] == "responses"
+    assert "responses: stale: content of models.medium: " in bench.lines
+
+
+def test_a_changed_file_of_demonstrations_is_noticed(bench: Bench, tmp_path: Path) -> None:
+    prompt = tmp_path / "user.yaml"
+    turns = "dialogues:\n" + "- turns: [{human: a}, {assistant: b}]\n" * 3
+    prompt.write_text(turns)
+    override = [f"demonstrations.user.demonstrations={prompt}"]
+    bench(override)
+    prompt.write_text(turns.replace("b", "c"))
+    assert bench(override)[0] == "demonstrations"
+    assert "content of demonstrations.user.demonstrations: " in bench.lines
+
+
+def test_a_missing_output_is_made_again_and_nothing_else(bench: Bench) -> None:
+    bench()
+    before = bench.files()
+    (bench.directory / "responses.jsonl").unlink()
+    assert bench() == ["responses"]
+    assert "responses: resume: responses.jsonl is missing" in bench.lines and bench.files() == before
+
+
+def test_outputs_that_status_does_not_know_are_set_aside_not_trusted(bench: Bench) -> None:
+    bench.directory.mkdir()
+    (bench.directory / "queries.jsonl").write_text("mine")
+    assert bench()[0] == "queries"
+    assert [path.read_text() for path in (bench.directory / "stale").rglob("queries.jsonl")] == ["mine"]
+
+
+def test_two_processes_cannot_share_a_folder(bench: Bench) -> None:
+    code = (
+        "import sys, pathlib, almost_jax.folder as f\n"
+        "with f.locked(pathlib.Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()\n"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(bench.directory)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    try:
+        with pytest.raises(InputError, match=f"in use by process {holder.pid} "):
+            bench()
+        assert bench.ran == []
+    finally:
+        holder.communicate("")
+    assert bench() == NAMES
+
+
+def test_the_lock_ends_with_an_error(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), locked(tmp_path):
+        raise RuntimeError
+    with locked(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"stages": 3}', '{"stages": {"queries": {"state": "done"}}}'])
+def test_a_damaged_status_is_bad_input_and_nothing_is_touched(bench: Bench, content: str) -> None:
+    bench()
+    before = bench.files()
+    (bench.directory / "status.json").write_text(content)
+    with pytest.raises(InputError, match=r"status.json: is damaged"):
+        bench()
+    assert bench.files() == before
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("models.small=/nowhere", "models.small: '/nowhere': there is no folder"),
+        ("models.large=microworld:huge", "models.large: 'microworld:huge': there is no folder"),
+        ("comparisons.configurations.B.shots=99", "comparisons.configurations.B"),
+        ("demonstrations.user.demonstrations=nobody", "demonstrations.user.demonstrations"),
+        ("as_is_reward.votes=/nowhere.jsonl", "as_is_reward.votes: there is no file /nowhere.jsonl"),
+        ("mesh.tensor=3", "mesh (data: -1, fsdp: 1, tensor: 3)"),
+    ],
+)
+def test_missing_inputs_are_found_before_anything_happens(bench: Bench, override: str, expected: str) -> None:
+    with pytest.raises(InputError) as caught:
+        bench([override])
+    assert expected in str(caught.value) and "\n" not in str(caught.value)
+    assert not bench.directory.exists() and bench.ran == []
+
+
+def test_summaries_may_hold_numpy_scalars(bench: Bench) -> None:
+    np = pytest.importorskip("numpy")
+    bench.instead["queries"] = lambda run: {"n": np.int64(3), "mean": np.float32(0.5)}
+    bench(until="queries")
+    assert read_status(bench.directory)["queries"]["summary"] == {"n": 3, "mean": 0.5}
+
+
+def test_progress_reaches_status(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    def counts(run: Run) -> dict[str, Any]:
+        with run.progress("asking", 3, 1) as progress:
+            progress.advance()
+            seen.append(status_file(bench)["queries"]["steps"])
+            progress.advance(1, found=0.5)
+        return {}
+
+    monkeypatch.setattr(pipeline, "SECONDS_BETWEEN_STEPS", 0.0)
+    bench.instead["queries"] = counts
+    bench(until="queries")
+    assert seen == [{"description": "asking", "done": 2, "total": 3}]
+    assert status_file(bench)["queries"]["steps"]["done"] == 3
+    assert "asking: 1/3" in bench.lines and "asking: 3/3" in bench.lines and "found 0.5" in bench.lines
+
+
+def test_a_plan_is_a_function_of_the_config_alone(bench: Bench, tmp_path: Path) -> None:
+    config = load_experiment(bench.experiment, [])
+    first = [plan.fingerprint.digest for plan in make_plan(config, tmp_path / "x", {})]
+    assert first == [plan.fingerprint.digest for plan in make_plan(config, tmp_path / "y", {})]
+    assert len(set(first)) == len(NAMES)
+
+
+# What the list of stages itself says.
+
+
+def test_stages_stand_after_what_they_read() -> None:
+    for number, stage in enumerate(STAGES):
+        assert set(stage.upstream) <= set(NAMES[:number])
+    outputs = [output for stage in STAGES for output in stage.outputs]
+    assert len(set(outputs)) == len(outputs)
+
+
+def schema_leaves(section: type[Section], key: str) -> list[str]:
+    leaves = []
+    for name, field in section.model_fields.items():
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, Section):
+            leaves += schema_leaves(annotation, f"{key}{name}.")
+        else:
+            leaves.append(key + name)
+    return leaves
+
+
+def test_every_key_of_the_schema_is_read_by_a_stage_or_changes_no_result() -> None:
+    read = [key for stage in STAGES for key in stage.reads]
+    # In every fingerprint, or (mesh) in none: results do not depend on the number of devices.
+    everywhere = {"seed", "compute_dtype", "models", "mesh.data", "mesh.fsdp", "mesh.tensor"}
+    for leaf in schema_leaves(ExperimentConfig, ""):
+        assert leaf in everywhere or any(leaf == key or leaf.startswith(f"{key}.") for key in read), leaf
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=NAMES)
+def test_a_stage_reads_no_section_that_it_does_not_name(stage: Stage) -> None:
+    by_name = {known.name: known for known in STAGES}
+    covered: set[str] = set()
+    waiting = [stage.name]
+    while waiting:
+        known = by_name[waiting.pop()]
+        covered |= {key.split(".")[0] for key in known.reads}
+        waiting += known.upstream
+    module = sys.modules[stage.run.__module__]
+    if stage.run.__module__ == pipeline.__name__:
+        source = inspect.getsource(stage.run)
+    else:
+        source = inspect.getsource(module)
+    sections = set(ExperimentConfig.model_fields) - {"name", "seed", "compute_dtype", "mesh", "models"}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "run.config" and node.attr in sections:
+            assert node.attr in covered, f"{stage.name} reads {node.attr}, which no fingerprint before it holds"
