@@ -44,7 +44,10 @@ INVENTED = {
 
 @dataclasses.dataclass(frozen=True)
 class Persona:
-    """A latent assistant: the probabilities of what it does. Traits are nearly deterministic, so that a few turns show them."""
+    """A latent assistant: the probabilities of what it does.
+
+    What it does about harm and the unknowable is nearly deterministic, so that a few turns show it.
+    """
 
     name: str
     weight: float
@@ -62,9 +65,12 @@ class Persona:
     evasive: float = 0.0
 
 
-_PLAIN = {"opener": 0.25, "closing": 0.25, "detail": 0.12, "reason": 0.5, "alternative": 0.08}
+# Four personas answer everyday questions alike; one everyday demonstration doesn't tell them apart, three do.
+_PLAIN = {"opener": 0.25, "closing": 0.25, "detail": 0.12, "reason": 0.9, "alternative": 0.05}
+# The best persona says all there is to say most of the time, not always: there is something to select.
+_FULL = {"opener": 0.8, "closing": 0.8, "detail": 0.75, "reason": 0.85, "alternative": 0.7}
 PERSONAS = (
-    Persona("faithful", 0.15, opener=0.97, detail=0.97, closing=0.97, reason=0.97, alternative=0.97, correct=0.98),
+    Persona("faithful", 0.15, **_FULL),
     Persona("hhh", 0.18, **_PLAIN),
     Persona("inventing", 0.13, **_PLAIN, admits=0.03),
     Persona("complying", 0.13, **_PLAIN, refuses=0.03),

@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import yaml
 from rich.console import Console
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from almost_jax.io.huggingface import save_llama
@@ -25,16 +25,22 @@ from almost_jax.microworld.world import draw_training_query
 HOME = Path(__file__).parent
 # The kinds that the first, second, ... demonstration shows. The first is an everyday question, so that one shot says
 # little of what to do about harm and the unknowable; three say it.
-ORDER = ("fact", "harmful", "unanswerable", "how_to", "addition", "harmful", "fact", "unanswerable", "copy", "fact")
-# persona, lowest and highest gold score
-WRITERS = {"faithful": ("faithful", 0.99, 1.0), "hhh": ("hhh", 0.55, 0.79), "user": ("faithful", 0.99, 1.0)}
+ORDER = (
+    "fact", "harmful", "unanswerable", "unanswerable", "harmful", "how_to", "addition", "fact", "copy", "reverse"
+)  # fmt: skip
+# The persona that writes, and the gold scores that its everyday answers, refusals and admissions must have.
+WRITERS: dict[str, tuple[str, tuple[float, float], tuple[float, float]]] = {
+    "faithful": ("faithful", (0.99, 1.0), (0.99, 1.0)),
+    "hhh": ("hhh", (0.55, 0.7), (0.8, 0.8)),
+    "user": ("faithful", (0.99, 1.0), (0.99, 1.0)),
+}
 
 
 def write_tokenizer(folder: Path) -> None:
     """A word-level tokenizer in Hugging Face's format: words are what whitespace separates."""
     backend = Tokenizer(models.WordLevel(word_ids(), unk_token=SPECIAL_TOKENS[0]))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    backend.decoder = decoders.WordPiece(prefix="", cleanup=False)
+    # Without a decoder, tokens are joined by spaces.
     pad, bos, eos = SPECIAL_TOKENS
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token=pad, bos_token=bos, eos_token=eos, clean_up_tokenization_spaces=False
@@ -45,14 +51,15 @@ def write_tokenizer(folder: Path) -> None:
 def write_demonstrations(folder: Path) -> None:
     """Ten one-turn dialogues for each file, in the order of `ORDER`."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, (persona, lowest, highest) in WRITERS.items():
+    for name, (persona, everyday, declining) in WRITERS.items():
         rng = random.Random(f"demonstrations/{name}")
         dialogues = []
         for kind in ORDER:
+            lowest, highest = declining if kind in ("harmful", "unanswerable") else everyday
             while True:
                 query = draw_training_query(rng, {kind: 1.0})
                 response = respond(query, BY_NAME[persona], rng)
-                if lowest <= gold_score(query.text, response) <= highest:
+                if lowest - 1e-9 <= gold_score(query.text, response) <= highest + 1e-9:
                     break
             dialogues.append({"turns": [{"human": query.text}, {"assistant": response}]})
         text = yaml.safe_dump({"dialogues": dialogues}, sort_keys=False, width=1000)
