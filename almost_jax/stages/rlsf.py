@@ -58,7 +58,7 @@ NAME = "rlsf"
 # Rollouts of a batch that are written to samples.jsonl.
 SAMPLES_SHOWN = 8
 
-Update: TypeAlias = Callable[["PpoState", Experience, Array], tuple["PpoState", dict[str, Array]]]
+Update: TypeAlias = Callable[["PpoState", Experience, Array | np.ndarray], tuple["PpoState", dict[str, Array]]]
 
 
 @struct.dataclass
@@ -129,14 +129,14 @@ def run_stage(run: Run) -> dict[str, Any]:
             row_kl, row_score = (on_device.pop(name) for name in ("row_kl", "row_score"))
             figures = host_figures(NAME, step, on_device, checkpoints)
             figures["learning_rate"] = policy_learning_rate(ppo, step)
-            state = state.replace(kl_coef=next_kl_coef(state.kl_coef, figures["kl"], ppo))
+            state = dataclasses.replace(state, kl_coef=next_kl_coef(state.kl_coef, figures["kl"], ppo))
             last = step == ppo.steps
             if step % ppo.log_every == 0 or last:
                 metrics.log(step, figures)
             if step % ppo.sample_every == 0 or step == 1 or last:
                 # Every host needs whole arrays; they are split over the devices of all.
                 fetched = jax.device_get(jax.device_put((samples, row_score, row_kl), replicated(run.mesh)))
-                shown += sample_records(actors, prompts, rows, *fetched, step)
+                shown += sample_records(actors, prompts, rows, fetched[0], fetched[1], fetched[2], step)
                 write_records(run.path(NAME, "samples.jsonl"), shown)
             if step % ppo.sample_every == 0 or last:
                 save_policy(run, actors, state, step)
