@@ -38,7 +38,7 @@ class ProgressReport:
         self._description = description
         self._total = total
         self._done = done
-        self._resumed_at = done
+        self._resumed_at = self._shown = done
         self._started = self._last_line = time.monotonic()
         self._figures = ""
         self._hook = hook
@@ -47,7 +47,7 @@ class ProgressReport:
             None if bar is None else bar.add_task(description, total=total, completed=done, rate="", figures="")
         )
         if bar is None:
-            console.print(self._line(), markup=False, highlight=False, emoji=False, soft_wrap=True)
+            self._print_line()
 
     def advance(self, n: int = 1, **figures: float) -> None:
         """Count `n` more as done; `figures` are shown beside the bar until the next ones come."""
@@ -59,13 +59,16 @@ class ProgressReport:
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=self._done, rate=self._rate(), figures=self._figures)
         elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
-            self._last_line = time.monotonic()
-            self._console.print(self._line(), markup=False, highlight=False, emoji=False, soft_wrap=True)
+            self._print_line()
 
     def finish(self) -> None:
         """Show the last state; what a stage skipped at the end stays visible as a bar that is not full."""
-        if self._bar is None and self._done > self._resumed_at:
-            self._console.print(self._line(), markup=False, highlight=False, emoji=False, soft_wrap=True)
+        if self._bar is None and self._done > self._shown:
+            self._print_line()
+
+    def _print_line(self) -> None:
+        self._last_line, self._shown = time.monotonic(), self._done
+        self._console.print(self._line(), markup=False, highlight=False, emoji=False, soft_wrap=True)
 
     def _per_second(self) -> float:
         elapsed = time.monotonic() - self._started
