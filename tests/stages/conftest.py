@@ -10,7 +10,7 @@ import jax
 import pytest
 from rich.console import Console
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from almost_jax.config import ExperimentConfig, MeshConfig
@@ -41,7 +41,7 @@ def write_tokenizer(folder: Path) -> None:
     names = ["<pad>", "<bos>", "<eos>", *WORDS]
     backend = Backend(models.WordLevel({name: place for place, name in enumerate(names)}, unk_token="<pad>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    backend.decoder = decoders.WordPiece(prefix="", cleanup=False)
+    # Without a decoder, tokens are joined by spaces.
     PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
     ).save_pretrained(folder)
