@@ -67,7 +67,7 @@ def read_place(environment: Mapping[str, str]) -> Place | None:
 
 def tpu_hosts() -> int:
     """How many hosts the Cloud TPU that this process runs on has; 1 when it runs on none."""
-    platforms = jax.config.read("jax_platforms")
+    platforms = jax.config.values["jax_platforms"]
     if platforms and "tpu" not in platforms.split(","):
         return 1
     # Private, but it is what jax.distributed.initialize() asks when called with nothing, and jax offers no other way to

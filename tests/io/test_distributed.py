@@ -67,7 +67,7 @@ def test_a_tpu_of_several_hosts_joins_by_itself(
     monkeypatch.delenv("TPU_WORKER_HOSTNAMES", raising=False)
     distributed.initialize()
     assert joined == [], "the tests ask for the CPU, so the TPU does not matter"
-    before = jax.config.read("jax_platforms")
+    before = jax.config.values["jax_platforms"]
     jax.config.update("jax_platforms", "tpu,cpu")
     try:
         distributed.initialize()
