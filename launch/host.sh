@@ -56,7 +56,7 @@ job() {
   local code=0
   cd "$home/source"
   printf '== %s: %s\n' "$(date -u +%FT%TZ)" "$*"
-  PATH=$home/venv/bin:$PATH "$@" || code=$?
+  env "PATH=$home/venv/bin:$PATH" "$@" || code=$?
   printf '== %s: exit code %s\n' "$(date -u +%FT%TZ)" "$code"
   echo "$code" >"$job/exit"
 }

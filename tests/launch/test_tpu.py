@@ -17,7 +17,7 @@ LAUNCH = ROOT / "launch"
 PLACE = ["--zone", "us-west4-a", "--project", "lab"]
 TYPE = ["--type", "v5litepod-16", "--spot"]
 BUCKET = ["--bucket", "gs://shelf/pod"]
-COUNT = "echo it says 'good day' on $HOME; echo $(($(cat runs/count 2>/dev/null) + 1)) > runs/count"
+COUNT = "echo it says 'good day' by $(command -v python); echo $(($(cat runs/count 2>/dev/null) + 1)) > runs/count"
 COMMAND = ["--", "bash", "-c", COUNT]
 
 
@@ -148,7 +148,7 @@ def test_a_run_survives_preemption(cloud: Cloud, tmp_path: Path) -> None:
     cloud.done("setup", "pod", *PLACE)
     cloud.done("run", "pod", *PLACE, *BUCKET, *COMMAND)
     output = cloud.done("logs", "pod", *PLACE, "--worker", "1")
-    assert f"it says good day on {cloud.host(1).parent}" in output
+    assert f"it says good day by {cloud.host(1)}/venv/bin/python" in output
     assert (cloud.host(1) / "runs/count").read_text() == "1\n"
     eventually((cloud.bucket() / "count").exists)
 
