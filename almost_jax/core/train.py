@@ -127,11 +127,13 @@ def apply_gradients(state: TrainState, grads: Params, optimizer: optax.GradientT
 
 
 def make_train_step(
-    loss_sums: LossSums, optimizer: optax.GradientTransformation, micro_batches: int = 1
+    loss_sums: LossSums, optimizer: optax.GradientTransformation, micro_batches: int = 1, state_shardings: Any = None
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """A jitted step (state, batch) -> (state, metrics); the state's memory is donated.
 
-    Metrics are float32 scalars: those of `accumulate_gradients` and `grad_norm`, before clipping.
+    Metrics are float32 scalars: those of `accumulate_gradients` and `grad_norm`, before clipping. With
+    `state_shardings`, a tree like the state's, the new state lies as the old one did; else the compiler may spell its
+    shardings otherwise, and the second step is compiled anew.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
@@ -139,4 +141,6 @@ def make_train_step(
         metrics["grad_norm"] = optax.tree.norm(grads)
         return apply_gradients(state, grads, optimizer), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    if state_shardings is None:
+        return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None))

@@ -33,7 +33,7 @@ from almost_jax.sampling.scoring import score_sequences
 from almost_jax.stages.dialogues import dialogue_tokens, text_tokens
 from almost_jax.stages.pair_figures import pair_figures
 from almost_jax.stages.templates import Turn, render
-from almost_jax.stages.training import LENGTH_MULTIPLE, count_steps, fit, fixed_length, fresh_state
+from almost_jax.stages.training import LENGTH_MULTIPLE, count_steps, fit, fixed_length, fresh_state, shardings_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,14 +233,11 @@ def train_reward_model(
 
     total_steps = count_steps(training, len(train))
     optimizer = make_optimizer(training.optimizer, total_steps)
-    train_step = make_train_step(
-        functools.partial(pair_loss_sums, config=source.config, margin=margin, centering=centering),
-        optimizer,
-        training.micro_batches,
-    )
+    loss_sums = functools.partial(pair_loss_sums, config=source.config, margin=margin, centering=centering)
     with jax.set_mesh(run.mesh):
         params = start_params(source, run.seed(f"{name}/head"), run.mesh)
         state = fresh_state(params, optimizer, run.mesh)
+        train_step = make_train_step(loss_sums, optimizer, training.micro_batches, shardings_of(state))
         state = fit(run, name, state, train_step, batch_at, total_steps, training, evaluate)
         reference = reference_texts(train, reference_samples, run.seed(f"{name}/reference"))
         mean, std = reward_moments(scores(state.params, reference))

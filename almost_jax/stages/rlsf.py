@@ -52,6 +52,7 @@ from almost_jax.stages.training import (
     fresh_state,
     host_figures,
     place_batch,
+    shardings_of,
 )
 
 NAME = "rlsf"
@@ -119,7 +120,8 @@ def run_stage(run: Run) -> dict[str, Any]:
         metrics = run.metrics(NAME, start)
         stack.callback(metrics.close)
         warming, training = (
-            make_update(actors.players, ppo, policy_optimizer, critic_optimizer, trains) for trains in (False, True)
+            make_update(actors.players, ppo, policy_optimizer, critic_optimizer, trains, shardings_of(state))
+            for trains in (False, True)
         )
         progress = stack.enter_context(run.progress(NAME, ppo.steps, start))
         for step in range(start + 1, ppo.steps + 1):
@@ -206,10 +208,12 @@ def make_update(
     policy_optimizer: optax.GradientTransformation,
     critic_optimizer: optax.GradientTransformation,
     trains_policy: bool,
+    state_shardings: Any,
 ) -> Update:
     """A jitted update (state, experience, rows [M] int32 of the mini-batch) -> (state, figures); donates the state.
 
-    Without `trains_policy` only the critic is updated (`ppo.critic_warmup_steps`).
+    Without `trains_policy` only the critic is updated (`ppo.critic_warmup_steps`). The new state lies as
+    `state_shardings` say, which are the old one's, so that nothing is compiled twice.
     """
 
     def update(state: PpoState, learned: Experience, rows: Array) -> tuple[PpoState, dict[str, Array]]:
@@ -230,7 +234,7 @@ def make_update(
             policy = apply_gradients(policy, grads["policy"], policy_optimizer)
         return PpoState(policy, critic, state.kl_coef), figures
 
-    return jax.jit(update, donate_argnums=0)
+    return jax.jit(update, donate_argnums=0, out_shardings=(state_shardings, None))
 
 
 def ppo_loss_sums(params: Params, batch: dict[str, Array], players: Players, ppo: PpoConfig) -> LossTerms:

@@ -22,7 +22,7 @@ from almost_jax.io.run import Run
 from almost_jax.sampling.sampler import decode_layout
 from almost_jax.stages.demonstrations import demonstration_turns, is_answered
 from almost_jax.stages.dialogues import training_tokens
-from almost_jax.stages.training import count_steps, fit, fixed_length, fresh_state
+from almost_jax.stages.training import count_steps, fit, fixed_length, fresh_state, shardings_of
 
 
 def run_stage(run: Run) -> dict[str, Any]:
@@ -60,11 +60,10 @@ def fine_tune(run: Run, name: str, file: str) -> dict[str, Any]:
 
     total_steps = count_steps(training, len(fitting))
     optimizer = make_optimizer(training.optimizer, total_steps)
-    train_step = make_train_step(
-        functools.partial(sft_loss_sums, config=source.config), optimizer, training.micro_batches
-    )
+    loss_sums = functools.partial(sft_loss_sums, config=source.config)
     with jax.set_mesh(run.mesh):
         state = fresh_state(source.params, optimizer, run.mesh)
+        train_step = make_train_step(loss_sums, optimizer, training.micro_batches, shardings_of(state))
         state = fit(run, name, state, train_step, batch_at, total_steps, training, None)
     save_model(
         run.path(name, "model"), dataclasses.replace(source, params=state.params, name=f"{run.config.name}/{name}")

@@ -64,6 +64,11 @@ def abstract(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
+def shardings_of(tree: Any) -> Any:
+    """The sharding of every array in a tree."""
+    return jax.tree.map(lambda x: x.sharding, tree)
+
+
 def count_steps(training: TrainingConfig, examples: int) -> int:
     """Updates in `training.epochs` passes over the examples; the last, incomplete batch is dropped."""
     return max(training.epochs * examples // training.batch_size, 1)

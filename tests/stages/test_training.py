@@ -49,8 +49,10 @@ def batch_at(step: int) -> dict[str, np.ndarray]:
 def fit(run: Run, batches: Callable[[int], dict[str, np.ndarray]], evaluate: Any = None) -> TrainState:
     optimizer = make_optimizer(TRAINING.optimizer, TOTAL)
     state = training.fresh_state({"kernel": jnp.ones((3,), jnp.float32)}, optimizer, run.mesh)
-    step = make_train_step(line_sums, optimizer, TRAINING.micro_batches)
-    return training.fit(run, "line", state, step, batches, TOTAL, TRAINING, evaluate)
+    step = make_train_step(line_sums, optimizer, TRAINING.micro_batches, training.shardings_of(state))
+    fitted = training.fit(run, "line", state, step, batches, TOTAL, TRAINING, evaluate)
+    assert step._cache_size() <= 1, "every step must go through one program"  # type: ignore[attr-defined]
+    return fitted
 
 
 @pytest.mark.parametrize("stop", [0, 2, 3, 4, 9])
