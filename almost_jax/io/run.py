@@ -39,6 +39,7 @@ class ProgressReport:
         self._total = total
         self._done = done
         self._resumed_at = self._shown = done
+        self._advances = 0
         self._started = self._last_line = time.monotonic()
         self._figures = ""
         self._hook = hook
@@ -52,6 +53,7 @@ class ProgressReport:
     def advance(self, n: int = 1, **figures: float) -> None:
         """Count `n` more as done; `figures` are shown beside the bar until the next ones come."""
         self._done += n
+        self._advances += 1
         if figures:
             self._figures = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
         if self._hook is not None:
@@ -80,12 +82,12 @@ class ProgressReport:
 
     def _line(self) -> str:
         parts = [f"{self._description}: {self._done}/{self._total}"]
-        if self._done > self._resumed_at:
-            left = max(self._total - self._done, 0) / max(self._per_second(), 1e-9)
-            parts += [
-                self._rate(),
-                f"{_duration(left)} left" if left else f"in {_duration(time.monotonic() - self._started)}",
-            ]
+        left = (self._total - self._done) / max(self._per_second(), 1e-9)
+        if self._done >= self._total > self._resumed_at:
+            parts += [self._rate(), f"in {_duration(time.monotonic() - self._started)}"]
+        elif self._advances > 1:
+            # Not after the first step, which holds the compilation for all the others: no rate to go by.
+            parts += [self._rate(), f"{_duration(left)} left"]
         return "  ".join([*parts, self._figures]).rstrip()
 
 
