@@ -271,15 +271,13 @@ def load_actors(run: Run) -> Actors:
     """Load SFT policy and reward model, and fix everything static.
 
     Raises:
-        InputError: they have different tokenizers, or the sampling temperature is 0.
+        InputError: they have different tokenizers, or one of them is missing.
     """
     ppo = run.config.ppo
     sft = load_model(str(run.path("sft", "model")), run.mesh, run.config.compute_dtype)
     reward = load_reward_model(run, "reward")
     if sft.tokenizer.fingerprint != reward.tokenizer.fingerprint:
         raise InputError("reward.model and sft.model must share a tokenizer: the one reads the other's tokens")
-    if ppo.sampling.temperature == 0:
-        raise InputError("ppo.sampling.temperature is 0, but a greedy policy has no gradient; it must be positive")
     tokenizer = sft.tokenizer
     # A policy that goes on with the human's part has stopped too, though it doesn't count as an end.
     human = tokenizer.single_token(LABELS["human"])

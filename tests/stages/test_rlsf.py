@@ -204,3 +204,219 @@ def test_rows_do_not_depend_on_the_number_of_parts() -> None:
         np.testing.assert_allclose(
             np.where(mask, getattr(whole, name), 0.0), np.where(mask, getattr(split, name), 0.0), atol=1e-5
         )
+
+
+class Stopped(Exception):
+    """What a kill looks like from inside."""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Where the SFT policy and the reward model of this module lie, once made."""
+    return {"home": tmp_path_factory.mktemp("trained")}
+
+
+@pytest.fixture
+def make_ppo(make_run: Callable[..., Run], trained: dict[str, Path]) -> Callable[..., Run]:
+    """A run whose SFT policy and reward model are there; keyword arguments replace values of `ppo`."""
+
+    def build(folder: Path, mesh: MeshConfig | None = None, devices: int = 1, **ppo: Any) -> Run:
+        base = make_run(trained["home"])
+        if not base.path("sft", "model").exists():
+            reward.run_stage(base)
+            sft.fine_tune(base, "sft", "demonstrations.jsonl")
+        section = {**base.config.ppo.model_dump(), **ppo}
+        run = make_run(folder, mesh=mesh, devices=devices, ppo=section)
+        for name in ("reward", "sft"):
+            if not run.path(name).exists():
+                shutil.copytree(base.path(name), run.path(name))
+        return run
+
+    return build
+
+
+ADAPTIVE = {"kl_controller": "adaptive", "kl_target": 0.05, "kl_horizon": 40, "kl_coef": 0.11}
+
+
+@pytest.mark.parametrize("stop", [0, 1, 2, 3])
+def test_20_28_stopped_and_resumed_is_the_same_to_the_byte_with_the_same_coefficient(
+    make_ppo: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int, trained: dict[str, Path]
+) -> None:
+    whole = make_ppo(tmp_path / "whole", **ADAPTIVE)
+    if "rlsf" not in trained:
+        rlsf.run_stage(whole)
+        trained["rlsf"] = whole.path("rlsf")
+    batch_indices = rlsf.batch_indices
+
+    def stopping(step: int, *rest: Any) -> Any:
+        if step == stop:
+            raise Stopped
+        return batch_indices(step, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(rlsf, "batch_indices", stopping)
+        rlsf.run_stage(make_ppo(tmp_path / "stopped", **ADAPTIVE))
+    resumed = make_ppo(tmp_path / "stopped", **ADAPTIVE)
+    rlsf.run_stage(resumed)
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        assert (trained["rlsf"] / name).read_bytes() == resumed.path("rlsf", name).read_bytes()
+    assert sorted(path.name for path in resumed.path("rlsf", "policies").iterdir()) == ["0", "2", "4"]
+    for name in ("policies/0", "policies/2", "policies/4", "model"):
+        ours, theirs = (
+            load_model(str(folder / name), resumed.mesh, "float32")
+            for folder in (trained["rlsf"], resumed.path("rlsf"))
+        )
+        for left, right in zip(jax.tree.leaves(ours.params), jax.tree.leaves(theirs.params), strict=True):
+            np.testing.assert_array_equal(left, right)
+    lines = read_records(resumed.path("rlsf", "metrics.jsonl"))
+    coefficients = [line["kl_coef"] for line in lines]
+    assert coefficients[0] == pytest.approx(0.11) and len(set(coefficients)) == 4
+    # Every coefficient follows from the line before it: error clipped to +-0.2, times batch size over horizon.
+    for before, after in zip(lines, lines[1:], strict=False):
+        error = min(max(before["kl"] / 0.05 - 1, -0.2), 0.2)
+        assert after["kl_coef"] == pytest.approx(before["kl_coef"] * (1 + error * 8 / 40), rel=1e-5)
+
+
+def test_a_step_changes_policy_and_critic_and_reports_what_happened(
+    make_ppo: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_ppo(tmp_path)
+    make_update, made = rlsf.make_update, []
+
+    def remembering(*arguments: Any) -> Any:
+        made.append(make_update(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(rlsf, "make_update", remembering)
+    summary = rlsf.run_stage(run)
+    assert [update._cache_size() for update in made] == [0, 1], "one program must do all updates"
+    lines = read_records(run.path("rlsf", "metrics.jsonl"))
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    for line in lines:
+        assert {
+            "reward", "shaped_reward", "kl", "entropy", "clip_fraction", "value_loss", "explained_variance",
+            "response_length", "missing_eos", "kl_coef", "learning_rate", "policy_loss", "approx_kl", "sampler_gap",
+        } <= set(line)  # fmt: skip
+        assert line["sampler_gap"] < 1e-4
+        assert 1 <= line["response_length"] <= 9 and 0 <= line["missing_eos"] <= 1
+    assert abs(lines[0]["kl"]) < 1e-5 and lines[3]["kl"] > 1e-4
+    assert lines[0]["learning_rate"] == pytest.approx(3e-3)
+    assert lines[0]["learning_rate"] > lines[3]["learning_rate"] > 0
+    assert [line["kl_coef"] for line in lines] == pytest.approx([0.05] * 4)
+    assert summary["kl"] == lines[3]["kl"] and summary["queries"] == 24
+    start, source = (load_model(str(run.path(*name)), run.mesh, "float32") for name in (
+        ("rlsf", "policies", "0"), ("sft", "model")
+    ))
+    for left, right in zip(jax.tree.leaves(start.params), jax.tree.leaves(source.params), strict=True):
+        np.testing.assert_array_equal(left, right)
+    final = load_model(str(run.path("rlsf", "model")), run.mesh, "float32")
+    assert any((np.asarray(a) != np.asarray(b)).any() for a, b in zip(
+        jax.tree.leaves(final.params), jax.tree.leaves(source.params), strict=True
+    ))
+    samples = read_records(run.path("rlsf", "samples.jsonl"))
+    assert [sample["step"] for sample in samples] == [1] * 8 + [2] * 8 + [4] * 8
+    texts = {query["text"] for query in read_records(run.path("queries.jsonl"))}
+    assert all(sample["query"] in texts and sample["finish"] in ("eos", "stop", "length") for sample in samples)
+    assert not any(word in sample["response"] for sample in samples for word in ("<eos>", "<pad>", "Human:"))
+
+
+def test_ppo_raises_the_reward_of_a_policy_that_can_get_it(make_ppo: Callable[..., Run], tmp_path: Path) -> None:
+    run = make_ppo(
+        tmp_path,
+        steps=14,
+        batch_size=32,
+        kl_coef=0.0,
+        optimizer={"learning_rate": 1e-2, "schedule": "constant"},
+        checkpoint_every=50,
+        sample_every=50,
+    )
+    rlsf.run_stage(run)
+    rewards = [line["reward"] for line in read_records(run.path("rlsf", "metrics.jsonl"))]
+    std = load_model(str(run.path("reward", "model")), run.mesh, "float32").reward_std
+    assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.3 * std
+
+
+def test_critic_warm_up_leaves_the_policy_alone(make_ppo: Callable[..., Run], tmp_path: Path) -> None:
+    run = make_ppo(tmp_path, critic_warmup_steps=2, critic="sft", steps=3)
+    rlsf.run_stage(run)
+    lines = read_records(run.path("rlsf", "metrics.jsonl"))
+    assert [line["learning_rate"] > 0 for line in lines] == [False, False, True]
+    assert [abs(line["kl"]) < 1e-5 for line in lines] == [True, True, True]
+    # A zero head predicts 0 at first.
+    assert lines[0]["value_loss"] > 0 and "policy_grad_norm" not in lines[0] and "policy_grad_norm" in lines[2]
+    before, after, final = (
+        load_model(str(run.path("rlsf", name)), run.mesh, "float32").params
+        for name in ("policies/0", "policies/2", "model")
+    )
+    assert all((np.asarray(a) == np.asarray(b)).all() for a, b in zip(
+        jax.tree.leaves(before), jax.tree.leaves(after), strict=True
+    ))
+    assert any((np.asarray(a) != np.asarray(b)).any() for a, b in zip(
+        jax.tree.leaves(after), jax.tree.leaves(final), strict=True
+    ))
+
+
+def test_critic_from_the_reward_model_starts_as_the_reward_model(make_ppo: Callable[..., Run], tmp_path: Path) -> None:
+    run = make_ppo(tmp_path)
+    actors = rlsf.load_actors(run)
+    state = rlsf.start_state(run, actors, *rlsf.make_optimizers(run.config.ppo))
+    np.testing.assert_array_equal(state.critic.params["score"]["kernel"], actors.reward.params["score"]["kernel"])
+    # Read at the last token of a text its value is the normalised score.
+    tokens = jnp.array([dialogues_tokens(actors)], jnp.int32)
+    value = rollouts.response_values(state.critic.params, actors.players, tokens, jnp.array([tokens.shape[1]]), 1)
+    expected = reward.RewardScorer(actors.reward, 1).score_tokens(tokens.tolist())
+    assert float(value[0, 0]) == pytest.approx(float(expected[0]), abs=1e-5)
+
+
+def dialogues_tokens(actors: rlsf.Actors) -> list[int]:
+    return reward.dialogue_tokens(
+        actors.sft.tokenizer, [{"role": "human", "text": "what is red"}, {"role": "assistant", "text": "a bird"}]
+    )
+
+
+def test_05_ppo_is_the_same_on_four_devices(make_ppo: Callable[..., Run], tmp_path: Path) -> None:
+    runs = [
+        make_ppo(tmp_path / "one", steps=2),
+        make_ppo(tmp_path / "four", steps=2, mesh=MeshConfig(data=2, fsdp=2), devices=4),
+    ]
+    lines = []
+    for run in runs:
+        rlsf.run_stage(run)
+        lines.append(read_records(run.path("rlsf", "metrics.jsonl")))
+    for left, right in zip(*lines, strict=True):
+        assert left.keys() == right.keys()
+        for name in ("reward", "kl", "value_loss", "entropy", "response_length", "policy_grad_norm"):
+            assert left[name] == pytest.approx(right[name], rel=2e-3, abs=2e-4), name
+
+
+def test_divergence_names_the_step_and_the_last_good_checkpoint(
+    make_ppo: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_ppo(tmp_path)
+    experience = rlsf.experience
+    calls: list[int] = []
+
+    def poisoned(judged: Any, *rest: Any) -> Any:
+        calls.append(1)
+        return experience(judged.replace(scores=judged.scores * (np.nan if len(calls) == 3 else 1.0)), *rest)
+
+    monkeypatch.setattr(rlsf, "experience", poisoned)
+    with pytest.raises(TrainingDiverged, match=r"rlsf: diverged at step 3: reward is nan.*good checkpoint is step 2"):
+        rlsf.run_stage(run)
+    assert Checkpoints(run.path("rlsf", "checkpoints"), 2).steps() == [2]
+    assert json.loads(run.path("rlsf", "metrics.jsonl").read_text().splitlines()[-1])["step"] == 2
+
+
+def test_what_cannot_work_is_refused_in_one_line(make_ppo: Callable[..., Run], tmp_path: Path) -> None:
+    short = make_ppo(tmp_path / "short", max_prompt_length=3)
+    with pytest.raises(InputError, match=r"ppo\.max_prompt_length: none of 24 queries fits into 3 tokens"):
+        rlsf.run_stage(short)
+    long = make_ppo(tmp_path / "long", sampling={"temperature": 1.0, "max_new_tokens": 120})
+    with pytest.raises(InputError, match="exceed the 128 positions"):
+        rlsf.run_stage(long)
+    other = make_ppo(tmp_path / "other")
+    policy = load_model(str(other.path("sft", "model")), other.mesh, "float32")
+    shutil.rmtree(other.path("reward", "model"))
+    save_model(other.path("reward", "model"), policy)
+    with pytest.raises(InputError, match="is a policy; expected a reward model"):
+        rlsf.run_stage(other)

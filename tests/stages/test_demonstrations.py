@@ -1,0 +1,182 @@
+"""Self-play: the best candidate is kept whatever their order, dialogues end where they should, exact resume."""
+
+import itertools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from almost_jax.io.records import read_records, write_records
+from almost_jax.io.run import Run
+from almost_jax.stages import demonstrations, reward
+from almost_jax.stages.demonstrations import Speaker, play_chunk
+from almost_jax.stages.prompting import DialogueRequest, Reply
+from almost_jax.stages.templates import Role, Turn
+
+
+class Stopped(Exception):
+    """What a kill looks like from inside."""
+
+
+class Scripted(Speaker):
+    """A speaker whose replies are given by a function of the request's id."""
+
+    def __init__(self, script: Callable[[str], str]) -> None:
+        object.__setattr__(self, "script", script)
+        object.__setattr__(self, "asked", [])
+
+    def reply(self, requests: Sequence[DialogueRequest], role: Role) -> list[Reply]:
+        self.asked.extend((request.id, list(request.turns)) for request in requests)  # type: ignore[attr-defined]
+        return [Reply(request.id, self.script(request.id), 1, "stop") for request in requests]  # type: ignore[attr-defined]
+
+
+class Longest:
+    """Scores a dialogue by the length of its last turn, counted from 10 as the best."""
+
+    def score(self, dialogues: Sequence[Sequence[Turn]]) -> np.ndarray:
+        return np.array([-abs(10 - len(dialogue[-1]["text"])) for dialogue in dialogues], np.float32)
+
+
+QUERIES = [{"id": f"q{i}", "text": f"query {i}"} for i in range(5)]
+
+
+def played(assistant: Scripted, user: Scripted, n: int, scorer: Any, evaluation: Sequence[str] = ()) -> list[Any]:
+    dialogues = play_chunk(QUERIES, assistant, user, n, 2, scorer, frozenset(evaluation))
+    return [demonstrations.demonstration_record(dialogue) for dialogue in dialogues]
+
+
+def test_11_the_best_candidate_is_kept_in_any_order_with_deterministic_ties() -> None:
+    texts = {"0": "0123456789", "1": "x", "2": "abcdefghij", "3": "abc"}
+    chosen = []
+    for order in itertools.permutations("0123"):
+        assistant = Scripted(lambda name, order=order: texts[order[int(name[-1])]] + name[:2])  # type: ignore[misc]
+        user = Scripted(lambda name: f"and {name}?")
+        records = played(assistant, user, 4, Longest())
+        chosen.append([[turn["text"] for turn in record["turns"]] for record in records])
+        first = records[3]["turns"][1]
+        assert [candidate["text"] for candidate in first["candidates"]] == [texts[key] + "q3" for key in order]
+        assert {candidate["score"] for candidate in first["candidates"]} == {-2.0, -7.0, -5.0}
+    # "0123456789" and "abcdefghij" tie; the text that sorts first wins, wherever it stood.
+    assert all(one == chosen[0] for one in chosen)
+    assert chosen[0][3] == ["query 3", "0123456789q3", "and q3/1?", "0123456789q3"]
+
+
+def test_each_turn_sees_the_turns_that_were_kept() -> None:
+    assistant = Scripted(lambda name: {"0": "short", "1": "just right", "2": "this is far too long"}[name[-1]])
+    user = Scripted(lambda name: "go on")
+    played(assistant, user, 3, Longest())
+    assert [turn["text"] for turn in user.asked[0][1]] == ["query 0", "just right"]  # type: ignore[attr-defined]
+    second = [turns for name, turns in assistant.asked if name == "q4/1/2"]  # type: ignore[attr-defined]
+    assert [turn["text"] for turn in second[0]] == ["query 4", "just right", "go on"]
+    names = [name for name, _ in assistant.asked]  # type: ignore[attr-defined]
+    assert len(set(names)) == len(names) == 5 * 3 * 2
+
+
+def test_dialogues_end_at_an_empty_user_turn_and_at_an_evaluation_query() -> None:
+    says = {"q0/1": "", "q1/1": "What  is\nHELD out", "q2/1": "what is held", "q3/1": "x", "q4/1": "y"}
+    records = played(
+        Scripted(lambda name: "fine"), Scripted(lambda name: says[name]), 1, None, ["what is held out"]
+    )
+    assert [len(record["turns"]) for record in records] == [2, 2, 4, 4, 4]
+    assert all(record["turns"][-1]["role"] == "assistant" for record in records)
+
+
+def test_empty_candidates_are_never_chosen() -> None:
+    silent = {"q0": ["", "", ""], "q1": ["", "far too long a text for this", ""]}
+    assistant = Scripted(lambda name: silent.get(name[:2], ["a", "b", "c"])[int(name[-1])] if "/0/" in name else "")
+    records = played(assistant, Scripted(lambda name: "more"), 3, Longest())
+    assert [turn["role"] for turn in records[0]["turns"]] == ["human"]
+    assert not demonstrations.is_answered(records[0]) and demonstrations.is_answered(records[1])
+    assert records[1]["turns"][1]["text"] == "far too long a text for this"
+    # In the second round the assistant is mute: the user's turn goes too, so that the assistant has the last word.
+    assert [len(record["turns"]) for record in records] == [1, 2, 2, 2, 2]
+    summary = demonstrations.summarize(records)
+    assert (summary["dialogues"], summary["unanswered"], summary["assistant_turns"]) == (5, 1, 4)
+    assert summary["mean_score_kept"] > summary["mean_score_candidates"]
+
+
+def test_plain_self_play_keeps_its_one_candidate_unscored() -> None:
+    records = played(Scripted(lambda name: f"reply {name}"), Scripted(lambda name: ""), 1, None)
+    assert records[2]["turns"][1] == {
+        "role": "assistant",
+        "text": "reply q2/0/0",
+        "candidates": [{"text": "reply q2/0/0", "score": None}],
+    }
+    assert demonstrations.summarize(records)["mean_score_kept"] is None
+
+
+@pytest.fixture
+def with_reward_model(make_run: Callable[..., Run]) -> Callable[[Path], Run]:
+    def build(folder: Path) -> Run:
+        run = make_run(folder)
+        if not run.path("reward", "model").exists():
+            reward.run_stage(run)
+        return run
+
+    return build
+
+
+def test_28_self_play_stopped_and_resumed_is_the_same_to_the_byte(
+    with_reward_model: Callable[[Path], Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = with_reward_model(tmp_path / "whole")
+    queries = read_records(whole.path("queries.jsonl"))
+    write_records(whole.path("evaluation_queries.jsonl"), [{"id": "e", "text": queries[1]["text"].upper()}])
+    summary = demonstrations.run_stage(whole)
+    files = ("demonstrations.jsonl", "demonstrations_self_play.jsonl")
+    records = [read_records(whole.path(file)) for file in files]
+    # 10 queries without the one that is also an evaluation query, in the order of the file.
+    expected = [query["id"] for query in queries if query["id"] != "q1"][:10]
+    assert all([record["query_id"] for record in each] == expected for each in records)
+    assert summary["guided"]["mean_score_kept"] > summary["guided"]["mean_score_candidates"]
+    for each, n in zip(records, (3, 1), strict=True):
+        turns = [turn for record in each for turn in record["turns"] if turn["role"] == "assistant"]
+        assert {len(turn["candidates"]) for turn in turns} == {n}
+        assert any(len(record["turns"]) == 4 for record in each)
+    # Plain self-play has randomness of its own: it isn't the guided one's first candidates.
+    first = [[record["turns"][1]["candidates"][0]["text"] for record in each] for each in records]
+    assert first[0] != first[1]
+
+    # Stop in the middle of writing the second chunk (6 dialogues each).
+    write = demonstrations.RecordWriter.write
+    written: list[str] = []
+
+    def stopping(writer: Any, record: Any) -> None:
+        if len(written) == 8:
+            raise Stopped
+        written.append(record["query_id"])
+        write(writer, record)
+
+    stopped = with_reward_model(tmp_path / "stopped")
+    write_records(stopped.path("evaluation_queries.jsonl"), read_records(whole.path("evaluation_queries.jsonl")))
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(demonstrations.RecordWriter, "write", stopping)
+        demonstrations.run_stage(stopped)
+    assert not stopped.path("demonstrations.jsonl").exists()
+    again = demonstrations.run_stage(with_reward_model(tmp_path / "stopped"))
+    assert again == summary
+    for file in files:
+        assert whole.path(file).read_bytes() == stopped.path(file).read_bytes()
+
+
+def test_guided_scores_are_the_reward_models(with_reward_model: Callable[[Path], Run], tmp_path: Path) -> None:
+    run = with_reward_model(tmp_path)
+    summary = demonstrations.play(
+        run, "guided", 3, reward.RewardScorer(reward.load_reward_model(run, "reward"), 4)
+    )
+    scorer = reward.RewardScorer(reward.load_reward_model(run, "reward"), 7)
+    for record in read_records(run.path("guided.jsonl")):
+        for place, turn in enumerate(record["turns"]):
+            if turn["role"] == "assistant":
+                before = demonstrations.demonstration_turns({"turns": record["turns"][:place]})
+                own: list[list[Turn]] = [
+                    [*before, {"role": "assistant", "text": candidate["text"]}] for candidate in turn["candidates"]
+                ]
+                expected = [candidate["score"] for candidate in turn["candidates"]]
+                np.testing.assert_allclose(scorer.score(own), expected, atol=1e-4)
+                speaking = [candidate for candidate in turn["candidates"] if candidate["text"]]
+                best = max(candidate["score"] for candidate in speaking)
+                assert turn["text"] in [candidate["text"] for candidate in speaking if candidate["score"] == best]
+    assert summary["dialogues"] == 10

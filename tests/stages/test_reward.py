@@ -1,0 +1,248 @@
+"""Reward models: where the score is read, normalisation, splits, length-matched accuracy, exact resume."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from almost_jax.config import MeshConfig
+from almost_jax.core.heads import add_head
+from almost_jax.errors import InputError
+from almost_jax.io.models import load_model
+from almost_jax.io.records import read_records, write_records
+from almost_jax.io.run import Run
+from almost_jax.stages import as_is_reward, dialogues, pair_figures, reward
+from almost_jax.stages.reward import RewardScorer
+from almost_jax.stages.templates import Turn
+
+
+class Stopped(Exception):
+    """What a kill looks like from inside."""
+
+
+def dialogue(query: str, response: str) -> list[Turn]:
+    return [{"role": "human", "text": query}, {"role": "assistant", "text": response}]
+
+
+@pytest.fixture
+def scorer(make_run: Callable[..., Run], tmp_path: Path) -> RewardScorer:
+    run = make_run(tmp_path)
+    source = run.model("small")
+    params = add_head(source.params, source.config, jax.random.key(3), stddev=0.4)
+    model = dataclasses.replace(source, params=params, kind="reward", reward_mean=0.7, reward_std=1.9)
+    return RewardScorer(model, batch_size=4)
+
+
+def test_12_input_is_the_dialogue_and_the_end_of_text_where_the_score_is_read(scorer: RewardScorer) -> None:
+    tokenizer = scorer.model.tokenizer
+    words = "Human: what is red Assistant: a bird"
+    expected = [tokenizer.bos_id, *tokenizer.encode(words), tokenizer.eos_id]
+    assert dialogues.dialogue_tokens(tokenizer, dialogue("what is red", "a bird")) == expected
+    assert dialogues.text_tokens(tokenizer, words) == expected
+    alone = scorer.score([dialogue("what is red", "a bird")])
+    assert alone.dtype == np.float32 and alone.shape == (1,)
+    np.testing.assert_allclose(alone, scorer.score_tokens([expected]), atol=1e-6)
+
+
+def test_12_batch_mates_and_padding_change_no_score(scorer: RewardScorer) -> None:
+    asked = [dialogue("what is red", "a bird " * (1 + 3 * i)) for i in range(7)]
+    together = scorer.score(asked)
+    alone = np.concatenate([scorer.score([one]) for one in asked])
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+    np.testing.assert_allclose(scorer.score(asked[::-1]), together[::-1], atol=1e-5)
+    assert np.ptp(together) > 0.01
+
+
+def test_12_an_empty_response_has_a_score_and_no_turn_is_an_error(scorer: RewardScorer) -> None:
+    empty = scorer.score([dialogue("what is red", "")])
+    tokenizer = scorer.model.tokenizer
+    ends = [tokenizer.bos_id, *tokenizer.encode("Human: what is red Assistant:"), tokenizer.eos_id]
+    np.testing.assert_allclose(empty, scorer.score_tokens([ends]), atol=1e-6)
+    for broken in ([], [{"role": "human", "text": "what is red"}]):
+        with pytest.raises(ValueError, match="end with an assistant turn"):
+            scorer.score([broken])  # type: ignore[list-item]
+    assert scorer.score([]).shape == (0,)
+
+
+def test_12_a_policy_is_not_a_scorer(make_run: Callable[..., Run], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is a policy"):
+        RewardScorer(make_run(tmp_path).model("small"), 4)
+
+
+def test_14_normalised_reference_scores_have_mean_0_and_std_1_also_after_loading(
+    make_run: Callable[..., Run], tmp_path: Path
+) -> None:
+    run = make_run(tmp_path)
+    summary = reward.run_stage(run)
+    queries = {record["id"]: record["text"] for record in read_records(run.path("queries.jsonl"))}
+    kept = [record for record in read_records(run.path("comparisons.jsonl")) if record["kept"]]
+    assert len(kept) == 48
+    pairs = [reward.comparison_pair(queries, record) for record in kept]
+    train, test = reward.split_pairs(pairs, 8, run.seed("reward/split"))
+    texts = reward.reference_texts(train, 30, run.seed("reward/reference"))
+    assert len(texts) == 30
+    loaded = reward.load_reward_model(run, "reward")
+    assert loaded.kind == "reward"
+    scores = RewardScorer(loaded, 8).score_tokens(
+        [dialogues.text_tokens(loaded.tokenizer, text) for text in texts]
+    )
+    assert float(scores.mean()) == pytest.approx(0.0, abs=1e-4)
+    assert float(scores.std()) == pytest.approx(1.0, abs=1e-4)
+    assert loaded.reward_std == summary["reward_std"] != 1.0
+    # What the stage reports of held-out pairs is what the saved model says.
+    margins = RewardScorer(loaded, 8).score_tokens(
+        [dialogues.text_tokens(loaded.tokenizer, pair.chosen) for pair in test]
+    ) - RewardScorer(loaded, 8).score_tokens(
+        [dialogues.text_tokens(loaded.tokenizer, pair.rejected) for pair in test]
+    )
+    assert summary["held_out"] == len(test) == 8
+    assert summary["accuracy"] == pytest.approx(float((margins > 0).mean()))
+    assert summary["mean_margin"] == pytest.approx(float(margins.mean()), abs=1e-4)
+    assert json.loads(run.path("reward", "evaluation.json").read_bytes()) == summary
+    # 40 training pairs, batches of 8: one epoch.
+    assert summary["steps"] == 5 == read_records(run.path("reward", "metrics.jsonl"))[-1]["step"]
+
+
+def test_14_a_constant_scorer_cannot_be_normalised() -> None:
+    with pytest.raises(InputError, match="learned nothing"):
+        reward.reward_moments(np.full((5,), 0.25, np.float32))
+    assert reward.reward_moments(np.array([1.0, 5.0], np.float32)) == (3.0, 2.0)
+
+
+def test_training_learns_what_tells_chosen_from_rejected(make_run: Callable[..., Run], tmp_path: Path) -> None:
+    training = {
+        "optimizer": {"learning_rate": 1e-2},
+        "batch_size": 16,
+        "micro_batches": 2,
+        "epochs": 12,
+        "checkpoint_every": 100,
+        "log_every": 1,
+        "max_length": 64,
+    }
+    run = make_run(tmp_path, reward={"held_out": 8, "reference_samples": 20, "training": training})
+    summary = reward.run_stage(run)
+    losses = [record["loss"] for record in read_records(run.path("reward", "metrics.jsonl"))]
+    assert losses[-1] < 0.4 < losses[0]
+    # Chosen responses end with "thanks", rejected ones with "bye": held-out pairs must show it.
+    assert summary["accuracy"] > 0.85
+
+
+@pytest.mark.parametrize("stop", [1, 3])
+def test_28_reward_model_stopped_and_resumed_is_the_same_to_the_byte(
+    make_run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
+) -> None:
+    whole = make_run(tmp_path / "whole")
+    reward.run_stage(whole)
+
+    def stopping(step: int, *rest: Any) -> Any:
+        if step == stop:
+            raise Stopped
+        return batch_indices(step, *rest)
+
+    batch_indices = reward.batch_indices
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(reward, "batch_indices", stopping)
+        reward.run_stage(make_run(tmp_path / "stopped"))
+    resumed = make_run(tmp_path / "stopped")
+    reward.run_stage(resumed)
+    for name in ("metrics.jsonl", "evaluation.json", "model/model.json"):
+        assert whole.path("reward", name).read_bytes() == resumed.path("reward", name).read_bytes()
+    ours, theirs = (reward.load_reward_model(run, "reward").params for run in (whole, resumed))
+    for left, right in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_array_equal(left, right)
+
+
+def test_05_reward_training_is_the_same_on_four_devices(make_run: Callable[..., Run], tmp_path: Path) -> None:
+    one, four = make_run(tmp_path / "one"), make_run(tmp_path / "four", mesh=MeshConfig(data=2, fsdp=2), devices=4)
+    first, second = reward.run_stage(one), reward.run_stage(four)
+    left, right = (read_records(run.path("reward", "metrics.jsonl")) for run in (one, four))
+    np.testing.assert_allclose([line["loss"] for line in left], [line["loss"] for line in right], atol=1e-4)
+    assert first["accuracy"] == second["accuracy"]
+
+
+def test_a_querys_pairs_are_all_on_one_side() -> None:
+    pairs = [reward.make_pair(f"q{i % 9}", f"what is {i % 9}", f"good {i}", f"bad {i}") for i in range(40)]
+    train, test = reward.split_pairs(pairs, 7, 3)
+    groups = [{pair.group for pair in side} for side in (train, test)]
+    assert not groups[0] & groups[1] and groups[0] | groups[1] == {f"q{i}" for i in range(9)}
+    assert 7 <= len(test) < 7 + 5 and len(train) + len(test) == 40
+    # Another query more does not move the others between the sides' order.
+    _, more = reward.split_pairs([*pairs, reward.make_pair("new", "x", "a", "b")], 7, 3)
+    assert {pair.group for pair in more} - {"new"} <= groups[1]
+    assert reward.split_pairs(pairs, 0, 3) == (pairs, [])
+    with pytest.raises(InputError, match="held_out: 40 leaves none of 40 pairs"):
+        reward.split_pairs(pairs, 40, 3)
+
+
+def test_length_matched_accuracy_gives_longer_wins_one_half() -> None:
+    generator = np.random.default_rng(4)
+    gaps = np.concatenate([generator.integers(1, 300, 80), -generator.integers(1, 300, 23)])
+    longer_wins = (gaps > 0).astype(float)
+    assert longer_wins.mean() > 0.7
+    assert pair_figures.length_matched_accuracy(longer_wins, gaps) == pytest.approx(0.5)
+    assert pair_figures.length_matched_accuracy(np.ones(103), gaps) == 1.0
+    # By hand: one stratum, longer right 2 of 3, shorter right 1 of 1, one equal pair wrong: (5/3 + 0) / 3.
+    gaps = np.array([3, 4, 5, -2, 0])
+    hits = np.array([1.0, 1.0, 0.0, 1.0, 0.0])
+    assert pair_figures.length_matched_accuracy(hits, gaps) == pytest.approx((2 / 3 + 1) / 3)
+    assert pair_figures.length_matched_accuracy(np.ones(2), np.array([5, 5])) is None
+
+
+def test_figures_of_pairs_by_hand() -> None:
+    figures = pair_figures.pair_figures(np.array([0.3, -0.1, 0.0, 3.0], np.float32), np.array([5, -12, 7, -60]))
+    assert figures["held_out"] == 4 and figures["accuracy"] == 0.625
+    assert figures["longer_wins_accuracy"] == 0.5
+    assert figures["by_margin"] == [
+        {"from": 0.0, "to": 0.25, "n": 2, "accuracy": 0.25},
+        {"from": 0.25, "to": 0.5, "n": 1, "accuracy": 1.0},
+        {"from": 2.0, "to": None, "n": 1, "accuracy": 1.0},
+    ]
+    assert [(item["from"], item["to"], item["n"]) for item in figures["by_length_gap"]] == [
+        (-100, -50, 1),
+        (-25, -10, 1),
+        (0, 10, 2),
+    ]
+
+
+def test_votes_come_from_a_file_with_or_without_prompts(tmp_path: Path) -> None:
+    path = tmp_path / "votes.jsonl"
+    shared = "\n\nHuman: what is red\n\nAssistant:"
+    write_records(
+        path,
+        [
+            {"prompt": "what is red", "chosen": "a bird", "rejected": "the"},
+            {"chosen": f"{shared} a bird", "rejected": f"{shared} a stone"},
+        ],
+    )
+    with_prompt, without = as_is_reward.load_votes(path)
+    assert with_prompt.chosen == "Human: what is red\n\nAssistant: a bird" == without.chosen
+    assert (with_prompt.chosen_length, with_prompt.rejected_length) == (6, 3)
+    assert without.group == shared.strip() and without.rejected.endswith("Assistant: a stone")
+    assert without.rejected_length - without.chosen_length == len("stone") - len("bird")
+    write_records(path, [{"prompt": "what", "chosen": "", "rejected": "the"}])
+    with pytest.raises(InputError, match=r"votes.jsonl: record 1: `chosen` must be a text"):
+        as_is_reward.load_votes(path)
+
+
+def test_as_is_model_is_trained_on_votes_and_reports_its_own_accuracy(
+    make_run: Callable[..., Run], tmp_path: Path
+) -> None:
+    votes = tmp_path / "votes.jsonl"
+    write_records(
+        votes,
+        [
+            {"prompt": f"what is {'red ' * (i % 5)}", "chosen": "a bird " * (1 + i % 3), "rejected": "the stone"}
+            for i in range(60)
+        ],
+    )
+    training = {"optimizer": {"learning_rate": 3e-3}, "batch_size": 8, "checkpoint_every": 2, "log_every": 1}
+    section = {"votes": str(votes), "pairs": 40, "held_out": 8, "training": training}
+    run = make_run(tmp_path / "run", as_is_reward=section)
+    summary = as_is_reward.run_stage(run)
+    assert summary["pairs"] + summary["held_out"] == 40 and 0.0 <= summary["accuracy"] <= 1.0
+    assert load_model(str(run.path("as_is_reward", "model")), run.mesh, "float32").kind == "reward"

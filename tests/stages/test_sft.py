@@ -1,0 +1,186 @@
+"""Fine-tuning: which tokens are targets, what the model is asked afterwards, exact resume."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from almost_jax.core.llama import hidden_states, logits
+from almost_jax.errors import InputError
+from almost_jax.io.models import Model, load_model
+from almost_jax.io.records import read_records, write_records
+from almost_jax.io.run import Run
+from almost_jax.sampling.scoring import completion_logprobs
+from almost_jax.stages import dialogues, sft
+from almost_jax.stages.templates import Turn
+
+TWO_TURNS: list[Turn] = [
+    {"role": "human", "text": "what is red"},
+    {"role": "assistant", "text": "a bird thanks"},
+    {"role": "human", "text": "please one"},
+    {"role": "assistant", "text": "the river bye"},
+]
+
+
+class Stopped(Exception):
+    """What a kill looks like from inside."""
+
+
+@pytest.fixture
+def small(make_run: Callable[..., Run], tmp_path: Path) -> Model:
+    return make_run(tmp_path).model("small")
+
+
+def test_targets_are_the_assistants_words_and_the_end_of_each_of_its_turns(small: Model) -> None:
+    tokenizer = small.tokenizer
+    tokens, targets = dialogues.training_tokens(tokenizer, TWO_TURNS)
+    spelled = [
+        (1, False),
+        *[(token, False) for token in tokenizer.encode("Human: what is red Assistant:")],
+        *[(token, True) for token in [*tokenizer.encode("a bird thanks"), tokenizer.eos_id]],
+        *[(token, False) for token in tokenizer.encode("Human: please one Assistant:")],
+        *[(token, True) for token in [*tokenizer.encode("the river bye"), tokenizer.eos_id]],
+    ]
+    assert list(zip(tokens, targets, strict=True)) == spelled
+    with pytest.raises(ValueError, match="end with an assistant turn"):
+        dialogues.training_tokens(tokenizer, TWO_TURNS[:3])
+
+
+def test_what_a_fine_tuned_model_is_asked_is_what_it_was_trained_on(small: Model) -> None:
+    tokens, targets = dialogues.training_tokens(small.tokenizer, TWO_TURNS)
+    for turns in (1, 3):
+        prompt = dialogues.prompt_tokens(small.tokenizer, TWO_TURNS[:turns])
+        assert tokens[: len(prompt)] == prompt
+        assert targets[len(prompt)] and not targets[len(prompt) - 1]
+
+
+def test_an_empty_response_is_trained_to_end_at_once(small: Model) -> None:
+    turns: list[Turn] = [{"role": "human", "text": "one"}, {"role": "assistant", "text": ""}]
+    tokens, targets = dialogues.training_tokens(small.tokenizer, turns)
+    assert tokens[-1] == small.tokenizer.eos_id and targets == [False] * (len(tokens) - 1) + [True]
+
+
+def test_loss_is_the_mean_over_targets_of_ragged_examples(small: Model) -> None:
+    examples = [dialogues.training_tokens(small.tokenizer, TWO_TURNS[:size]) for size in (2, 4)]
+    batch = sft.example_batch(examples, 32, small.tokenizer.pad_id)
+    placed = {name: jnp.asarray(array) for name, array in batch.items()}
+    total, (targets, _) = sft.sft_loss_sums(small.params, placed, config=small.config)
+    expected, count = 0.0, 0
+    for tokens, wanted in examples:
+        scores = logits(small.params, small.config, hidden_states(small.params, small.config, jnp.asarray([tokens])))
+        logprobs = np.asarray(jax.nn.log_softmax(scores, axis=-1))[0]
+        for place, target in enumerate(wanted):
+            if target:
+                expected -= float(logprobs[place - 1, tokens[place]])
+                count += 1
+    assert int(targets) == count == 4 + 8
+    assert float(total) == pytest.approx(expected, rel=1e-5)
+    # Padding is masked by length, also where the pad token is a real one.
+    other = sft.example_batch(examples, 48, small.tokenizer.eos_id)
+    again, (same, _) = sft.sft_loss_sums(
+        small.params, {name: jnp.asarray(array) for name, array in other.items()}, config=small.config
+    )
+    assert int(same) == count and float(again) == pytest.approx(expected, rel=1e-5)
+
+
+def test_human_tokens_get_no_gradient_as_targets(small: Model) -> None:
+    """Changing what the human says last changes the loss only through what the assistant says after it."""
+    tokens, targets = dialogues.training_tokens(small.tokenizer, TWO_TURNS[:2])
+    batch = sft.example_batch([(tokens, targets)], 16, 0)
+    config = dataclasses.replace(small.config, tie_embeddings=False)
+
+    def loss(head: jax.Array) -> jax.Array:
+        params = {**small.params, "lm_head": {"kernel": head}}
+        placed = {name: jnp.asarray(array) for name, array in batch.items()}
+        # A word's own logit matters at targets alone.
+        return sft.sft_loss_sums(params, placed, config=config)[0]
+
+    gradient = jax.grad(loss)(small.params["lm_head"]["kernel"])
+    red = small.tokenizer.encode("red")[0]
+    bird = small.tokenizer.encode("bird")[0]
+    probability = gradient.shape
+    assert probability == (16, small.config.vocab_size)
+    states = hidden_states(small.params, small.config, jnp.asarray(batch["tokens"]))[0]
+    soft = jax.nn.softmax(logits(small.params, small.config, states[None]), axis=-1)[0]
+    where = np.flatnonzero(batch["targets"][0]) - 1
+    for word, is_target in ((red, 0.0), (bird, 1.0)):
+        expected = sum(
+            (float(soft[place, word]) - is_target * (batch["tokens"][0, place + 1] == word)) * np.asarray(states[place])
+            for place in where
+        )
+        np.testing.assert_allclose(gradient[:, word], expected, atol=1e-5)
+
+
+def test_fine_tuning_makes_demonstrated_responses_likely(make_run: Callable[..., Run], tmp_path: Path) -> None:
+    training = {
+        "optimizer": {"learning_rate": 1e-2},
+        "batch_size": 8,
+        "epochs": 12,
+        "checkpoint_every": 100,
+        "log_every": 1,
+        "max_length": 64,
+    }
+    run = make_run(tmp_path, sft={"training": training})
+    summary = sft.fine_tune(run, "sft", "demonstrations.jsonl")
+    assert summary["steps"] == 36 and summary["demonstrations"] == 24
+    source, tuned = run.model("small"), load_model(str(run.path("sft", "model")), run.mesh, "float32")
+    records = read_records(run.path("demonstrations.jsonl"))
+    prompts = [dialogues.prompt_tokens(tuned.tokenizer, record["turns"][:1]) for record in records]
+    answers = [
+        [*tuned.tokenizer.encode(record["turns"][1]["text"]), tuned.tokenizer.eos_id] for record in records
+    ]
+
+    def mean(model: Model) -> float:
+        scored = completion_logprobs(
+            model.params, model.config, prompts, answers, temperature=1.0, batch_size=8, multiple=16
+        )
+        return float(np.mean(np.concatenate(scored)))
+
+    assert mean(tuned) > mean(source) + 1.0
+    losses = [record["loss"] for record in read_records(run.path("sft", "metrics.jsonl"))]
+    assert losses[-1] < 0.6 * losses[0] and math.isfinite(losses[-1])
+
+
+def test_too_long_and_unanswered_demonstrations_are_left_out(make_run: Callable[..., Run], tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    records = read_records(run.path("demonstrations.jsonl"))
+    long = {"query_id": "long", "turns": [*records[0]["turns"][:1], {"role": "assistant", "text": "red " * 80}]}
+    mute = {"query_id": "mute", "turns": records[0]["turns"][:1]}
+    write_records(run.path("demonstrations.jsonl"), [*records, long, mute])
+    summary = sft.fine_tune(run, "sft", "demonstrations.jsonl")
+    assert (summary["demonstrations"], summary["too_long"]) == (24, 1)
+    write_records(run.path("demonstrations.jsonl"), [long])
+    with pytest.raises(InputError, match="none of 1 demonstrations fits into 64 tokens"):
+        sft.fine_tune(run, "sft", "demonstrations.jsonl")
+
+
+@pytest.mark.parametrize("stop", [1, 2])
+def test_28_fine_tuning_stopped_and_resumed_is_the_same_to_the_byte(
+    make_run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int
+) -> None:
+    whole = make_run(tmp_path / "whole")
+    sft.run_stage(whole)
+    batch_indices = sft.batch_indices
+
+    def stopping(step: int, *rest: Any) -> Any:
+        if step == stop:
+            raise Stopped
+        return batch_indices(step, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(sft, "batch_indices", stopping)
+        sft.run_stage(make_run(tmp_path / "stopped"))
+    resumed = make_run(tmp_path / "stopped")
+    assert sft.run_stage(resumed)["sft"]["steps"] == 3
+    for name in ("sft", "sft_self_play"):
+        for file in ("metrics.jsonl", "model/model.json"):
+            assert whole.path(name, file).read_bytes() == resumed.path(name, file).read_bytes()
+        ours, theirs = (load_model(str(run.path(name, "model")), run.mesh, "float32") for run in (whole, resumed))
+        for left, right in zip(jax.tree.leaves(ours.params), jax.tree.leaves(theirs.params), strict=True):
+            np.testing.assert_array_equal(left, right)
