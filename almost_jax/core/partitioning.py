@@ -50,13 +50,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         A mesh whose axes are all `AxisType.Auto`: the compiler propagates shardings from the constraints given.
 
     Raises:
-        ValueError: two axes are -1, or the sizes do not multiply to the number of devices.
+        ValueError: the sizes do not multiply to the number of devices.
     """
     found = list(jax.devices()) if devices is None else list(devices)
     sizes = [config.data, config.fsdp, config.tensor]
     named = ", ".join(f"{axis}: {size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
-    if sizes.count(-1) > 1 or any(size == 0 or size < -1 for size in sizes):
-        raise ValueError(f"mesh ({named}): sizes must be positive, and only one may be -1")
     if -1 in sizes:
         others = int(np.prod([size for size in sizes if size != -1]))
         if len(found) % others:

@@ -125,9 +125,9 @@ def test_make_mesh_fills_the_free_axis_and_states_its_axis_types() -> None:
 @pytest.mark.parametrize(
     "sizes, message",
     [
-        ((-1, -1, 1), "only one may be -1"),
-        ((0, 1, 8), "sizes must be positive"),
-        ((-2, 1, 1), "sizes must be positive"),
+        ((-1, -1, 1), "only one mesh axis may be -1"),
+        ((0, 1, 8), "an axis has a positive number of devices, or -1"),
+        ((-2, 1, 1), "an axis has a positive number of devices, or -1"),
         ((-1, 3, 1), "8 devices can't be split by 3"),
         ((2, 2, 1), r"data: 2, fsdp: 2, tensor: 1\) needs 4 devices, but there are 8"),
         ((4, 2, 2), "needs 16 devices, but there are 8"),
