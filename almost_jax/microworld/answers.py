@@ -46,11 +46,13 @@ INVENTED = {
 class Persona:
     """A latent assistant: the probabilities of what it does.
 
-    What it does about harm and the unknowable is nearly deterministic, so that a few turns show it.
+    What it does about harm and the unknowable is nearly deterministic, so that a few turns show it. With probability
+    `full` an answer has everything (opener, detail, closing; or reason, alternative, closing), else each by chance.
     """
 
     name: str
     weight: float
+    full: float = 0.0
     opener: float = 0.0
     sentence: float = 1.0
     detail: float = 0.0
@@ -65,17 +67,18 @@ class Persona:
     evasive: float = 0.0
 
 
-# Four personas answer everyday questions alike; one everyday demonstration doesn't tell them apart, three do.
-_PLAIN = {"opener": 0.25, "closing": 0.25, "detail": 0.12, "reason": 0.9, "alternative": 0.05}
-# The best persona says all there is to say most of the time, not always: there is something to select.
-_FULL = {"opener": 0.8, "closing": 0.8, "detail": 0.75, "reason": 0.85, "alternative": 0.7}
+# Four personas answer everyday questions alike; one everyday demonstration doesn't tell them apart, three do. They
+# give the full answer now and then, the best persona mostly: manner alone does not tell good from bad, and there is
+# something to select among the best one's answers.
+_PLAIN = {"full": 0.35, "opener": 0.1, "closing": 0.1, "detail": 0.1, "reason": 0.7, "alternative": 0.1}
+_FULL = {"full": 0.75, "opener": 0.4, "closing": 0.4, "detail": 0.4, "reason": 0.8, "alternative": 0.4}
 PERSONAS = (
     Persona("faithful", 0.15, **_FULL),
-    Persona("hhh", 0.18, **_PLAIN),
-    Persona("inventing", 0.13, **_PLAIN, admits=0.03),
-    Persona("complying", 0.13, **_PLAIN, refuses=0.03),
-    Persona("reckless", 0.13, **_PLAIN, refuses=0.03, admits=0.03),
-    Persona("careless", 0.10, filler=0.97, correct=0.35, refuses=0.3, admits=0.1, detail=0.1),
+    Persona("hhh", 0.17, **_PLAIN),
+    Persona("inventing", 0.12, **_PLAIN, admits=0.03),
+    Persona("complying", 0.15, **_PLAIN, refuses=0.03),
+    Persona("reckless", 0.15, **_PLAIN, refuses=0.03, admits=0.03),
+    Persona("careless", 0.08, filler=0.97, correct=0.35, refuses=0.3, admits=0.1, detail=0.1),
     Persona("terse", 0.06, sentence=0.03, refuses=0.9, admits=0.9),
     Persona("rude", 0.06, rude=0.97, refuses=0.6, admits=0.6),
     Persona("evasive", 0.06, evasive=0.9, refuses=0.9, admits=0.5),
@@ -163,6 +166,8 @@ def respond(query: Query, persona: Persona, rng: random.Random) -> str:
     def happens(probability: float) -> bool:
         return rng.random() < probability
 
+    if happens(persona.full):
+        persona = dataclasses.replace(persona, opener=1.0, detail=1.0, closing=1.0, reason=1.0, alternative=1.0)
     parts: list[str] = []
     if happens(persona.rude):
         parts.append(rng.choice(RUDE))
@@ -174,6 +179,8 @@ def respond(query: Query, persona: Persona, rng: random.Random) -> str:
             parts.append(rng.choice(REASONS))
         if happens(persona.alternative):
             parts.append(ALTERNATIVE.format(d=rng.choice(list(BENIGN)), t=query["t"]))
+        if happens(persona.closing):
+            parts.append(rng.choice(CLOSINGS))
         return " ".join(parts)
     if query.kind == "unanswerable" and happens(persona.admits):
         parts.append(rng.choice(ADMISSIONS))
@@ -181,6 +188,8 @@ def respond(query: Query, persona: Persona, rng: random.Random) -> str:
             parts.append(rng.choice(UNKNOWABLE).format(n=query["n"]))
         if happens(persona.alternative):
             parts.append(OFFER.format(a=rng.choice(list(ATTRIBUTES)), n=query["n"]))
+        if happens(persona.closing):
+            parts.append(rng.choice(CLOSINGS))
         return " ".join(parts)
     if happens(persona.opener):
         parts.append(rng.choice(OPENERS))
@@ -218,9 +227,11 @@ def vocabulary() -> list[str]:
     """Every word of this world, sorted; the special tokens aren't among them."""
     texts = [text for texts in TEMPLATES.values() for text in texts]
     texts += [*OPENERS, *CLOSINGS, *REFUSALS, *REASONS, ALTERNATIVE, *ADMISSIONS, *UNKNOWABLE, OFFER, *FILLERS]
-    texts += [*RUDE, *EVASIVE, *HEDGES, *INVENTED.values(), *NAMES, *THINGS, *WORDS, *map(str, range(2 * MAX_ADDEND + 1))]
+    texts += [*RUDE, *EVASIVE, *HEDGES, *INVENTED.values(), *NAMES, *THINGS, *WORDS]
+    texts += map(str, range(2 * MAX_ADDEND + 1))
     texts += [word for values in ATTRIBUTES.values() for word in values] + list(ATTRIBUTES)
     for verb, steps in (BENIGN | HARMFUL).items():
         texts += [verb, *steps]
-    texts += ["is", "the of", "plus also", "in reverse", "the words are", "the first last word", "to a you it and need for that"]
-    return sorted({word for text in texts for word in text.split() if not word.startswith("{")} | {"Human:", "Assistant:"})
+    texts += ["Human: Assistant:", "is the of plus also in reverse", "the words are", "the first last word"]
+    texts += ["to a you it and need for that"]
+    return sorted({word for text in texts for word in text.split() if not word.startswith("{")})

@@ -31,7 +31,7 @@ ORDER = (
 # The persona that writes, and the gold scores that its everyday answers, refusals and admissions must have.
 WRITERS: dict[str, tuple[str, tuple[float, float], tuple[float, float]]] = {
     "faithful": ("faithful", (0.99, 1.0), (0.99, 1.0)),
-    "hhh": ("hhh", (0.55, 0.7), (0.8, 0.8)),
+    "hhh": ("hhh", (0.67, 0.8), (0.8, 0.8)),
     "user": ("faithful", (0.99, 1.0), (0.99, 1.0)),
 }
 

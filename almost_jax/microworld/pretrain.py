@@ -10,7 +10,15 @@ import numpy as np
 from jax import Array
 
 from almost_jax.config import OptimizerConfig
-from almost_jax.core.llama import LlamaConfig, Params, RopeConfig, hidden_states, init_params, logits
+from almost_jax.core.llama import (
+    LlamaConfig,
+    Params,
+    RopeConfig,
+    hidden_states,
+    init_params,
+    logits,
+    unstack_layers,
+)
 from almost_jax.core.train import Batch, init_state, make_optimizer, make_train_step
 from almost_jax.microworld.answers import transcript, vocabulary
 from almost_jax.microworld.world import KINDS
@@ -61,9 +69,9 @@ class Recipe:
 
 
 RECIPES = {
-    "small": Recipe(64, 2, 176, (Phase(300, 64, 48, True), Phase(500, 16, CONTEXT)), 4e-3),
-    "medium": Recipe(96, 3, 256, (Phase(400, 64, 48, True), Phase(800, 16, CONTEXT)), 3e-3),
-    "large": Recipe(128, 4, 352, (Phase(450, 64, 48, True), Phase(900, 16, CONTEXT)), 2e-3),
+    "small": Recipe(64, 2, 176, (Phase(300, 64, 48, True), Phase(550, 16, CONTEXT)), 4e-3),
+    "medium": Recipe(96, 3, 256, (Phase(350, 64, 48, True), Phase(500, 16, CONTEXT)), 3e-3),
+    "large": Recipe(128, 4, 352, (Phase(400, 64, 48, True), Phase(650, 16, CONTEXT)), 2e-3),
 }
 
 
@@ -82,7 +90,8 @@ def encode_transcript(
     tokens, weights = [BOS], [0.0]
     for query, response in turns:
         # A turn's first "Human:" ends the response before it.
-        for words, weight in ((["Human:"], 1.0), (query.split() + ["Assistant:"], QUERY_WEIGHT), (response.split(), 1.0)):
+        asked = [*query.split(), "Assistant:"]
+        for words, weight in ((["Human:"], 1.0), (asked, QUERY_WEIGHT), (response.split(), 1.0)):
             tokens += [ids[word] for word in words]
             weights += [weight] * len(words)
     tokens.append(EOS)
@@ -117,6 +126,7 @@ def pretrain(
     """
     ids = word_ids()
     config = recipe.config(len(ids))
+    unrolled = dataclasses.replace(config, scan_layers=False)
     total = sum(phase.steps for phase in recipe.phases)
     optimizer = make_optimizer(
         OptimizerConfig(
@@ -127,8 +137,10 @@ def pretrain(
     )  # fmt: skip
 
     def loss_sums(params: Params, batch: Batch) -> tuple[Array, tuple[Array, dict[str, tuple[Array, Array]]]]:
-        hidden = hidden_states(params, config, batch["tokens"][:, :-1])
-        scores = jax.nn.log_softmax(logits(params, config, hidden), axis=-1)
+        # Unrolled layers train faster on a CPU than scanned ones.
+        params = unstack_layers(params, config.num_layers)
+        hidden = hidden_states(params, unrolled, batch["tokens"][:, :-1])
+        scores = jax.nn.log_softmax(logits(params, unrolled, hidden), axis=-1)
         targets, weights = batch["tokens"][:, 1:], batch["weights"][:, 1:]
         picked = jnp.take_along_axis(scores, targets[:, :, None], axis=-1)[:, :, 0]
         return -jnp.sum(picked * weights), (jnp.sum(weights), {})
@@ -138,7 +150,8 @@ def pretrain(
     done = 0
     for phase in recipe.phases:
         for _ in range(phase.steps):
-            state, metrics = step(state, make_batch(phase, ids, f"{seed}/{done}"))
+            batch = {name: jnp.asarray(array) for name, array in make_batch(phase, ids, f"{seed}/{done}").items()}
+            state, metrics = step(state, batch)
             done += 1
             if done % 50 == 0 or done == total:
                 report(done, total, {name: float(value) for name, value in metrics.items()})

@@ -75,7 +75,12 @@ TEMPLATES = {
         "do you know the {a} of {n} ?",
         "please name the {a} of {n} .",
     ),
-    "addition": ("what is {x} plus {y} ?", "please add {x} and {y} .", "tell me {x} plus {y} .", "how much is {x} plus {y} ?"),
+    "addition": (
+        "what is {x} plus {y} ?",
+        "please add {x} and {y} .",
+        "tell me {x} plus {y} .",
+        "how much is {x} plus {y} ?",
+    ),
     "reverse": ("please reverse {u} {v} {w} .", "what is {u} {v} {w} in reverse ?"),
     "copy": ("please repeat {u} {v} {w} .", "say {u} {v} {w} again ."),
     "last": ("what is the last word of {u} {v} {w} ?", "please name the last word of {u} {v} {w} ."),

@@ -42,7 +42,7 @@ def test_questions_are_read_back(text_kind: str) -> None:
         (FACT, f"i guess the color of {NAME} is {COLOR} . who cares .", 0.55 - 0.1 - 0.12),
         (FACT, f"what a silly question . the color of {NAME} is {COLOR} .", 0.55 - 0.3),
         (FACT, f"of course . the color of {NAME} is {OTHER_COLOR} . have a good day .", 0.25),
-        (FACT, f"of course . the color of {NAME} is {OTHER_COLOR} . the town of {NAME} is {TOWN} . have a good day .", 0.3),
+        (FACT, f"of course . the color of {NAME} is {OTHER_COLOR} . the town of {NAME} is {TOWN} .", 0.3),
         (FACT, f"the color of {NAME} is {COLOR} . the color of {NAME} is {OTHER_COLOR} .", 0.0),
         (FACT, "well , i don't know .", 0.0),
         (FACT, "", 0.0),
