@@ -1,4 +1,4 @@
-"""A model with all that belongs to it: from the micro-world's weights, a folder of ours or a Hugging Face folder.
+"""A model with all that belongs to it: the micro-world's weights, a folder of ours or Hugging Face's, or a GGUF file.
 
 A folder of ours holds `params/` (an Orbax tree, in float32 unless it was saved otherwise), `model.json` (the shape, the
 kind, the normalisation of a reward model's scores) and the tokenizer's files. It appears whole or not at all.
@@ -7,7 +7,7 @@ kind, the normalisation of a reward model's scores) and the tokenizer's files. I
 import dataclasses
 import json
 import math
-import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,8 +21,11 @@ from almost_jax.core.llama import LlamaConfig, Params, RopeConfig, abstract_para
 from almost_jax.core.partitioning import shardings
 from almost_jax.errors import InputError
 from almost_jax.io.checkpoints import find_damage, restore_tree, save_tree, seal
-from almost_jax.io.huggingface import load_llama
+from almost_jax.io.folders import whole_folder
+from almost_jax.io.gguf import GGUF, load_gguf_tokenizer, open_gguf
+from almost_jax.io.huggingface import open_llama
 from almost_jax.io.tokenizer import Tokenizer, load_tokenizer
+from almost_jax.io.weights import Source, check_source, common_dtype, read_params
 
 MICROWORLD = "microworld:"
 CARD = "model.json"
@@ -51,52 +54,62 @@ class Model:
 
 
 def load_model(source: str, mesh: Mesh, dtype: str) -> Model:
-    """Load a model onto a mesh.
+    """Load a model onto a mesh, to compute with.
 
     Args:
-        source: `microworld:NAME`, or a folder: one of ours (with model.json) or Hugging Face's (with config.json).
+        source: `microworld:NAME`, a folder: one of ours (with model.json) or Hugging Face's (with config.json), or a
+            GGUF file.
         mesh: where the parameters go, split as `core.partitioning.RULES` say.
         dtype: compute dtype; parameters become float32 whatever they were stored as.
 
     Raises:
         InputError: the source is missing, damaged, or not a LLaMA that can be run, or its tokenizer doesn't fit it.
     """
-    folder = _folder(source)
-    if (folder / CARD).is_file():
-        model = _load_ours(folder, source, mesh)
-    elif (folder / "config.json").is_file():
-        config, params = load_llama(folder)
-        kind: Literal["policy", "reward"] = "reward" if HEAD in params else "policy"
-        params = jax.device_put(_float32(params), _placement(config, kind, mesh))
-        model = Model(config, params, load_tokenizer(folder), kind, source)
+    model = read_model(source, mesh, "float32")
+    return dataclasses.replace(model, config=dataclasses.replace(model.config, dtype=dtype))
+
+
+def read_model(source: str, mesh: Mesh, stored: str | None) -> Model:
+    """Read a model onto a mesh; see `load_model`.
+
+    Args:
+        source: as there.
+        mesh: as there.
+        stored: dtype of the parameters; None keeps the one they are stored in (float32 where there are several).
+    """
+    path = _find(source)
+    if path.is_file():
+        model = _load_gguf(path, source, mesh, stored)
+    elif (path / CARD).is_file():
+        model = _load_ours(path, source, mesh, stored)
+    elif (path / "config.json").is_file():
+        model = _load_theirs(path, source, mesh, stored)
     else:
-        raise InputError(f"model {source!r}: {folder} has neither {CARD} (ours) nor config.json (Hugging Face)")
+        raise InputError(f"model {source!r}: {path} has neither {CARD} (ours) nor config.json (Hugging Face)")
     if model.tokenizer.vocab_size > model.config.vocab_size:
         raise InputError(
             f"model {source!r}: its tokenizer has {model.tokenizer.vocab_size} tokens, "
             f"but its vocabulary has room for {model.config.vocab_size}"
         )
-    return dataclasses.replace(model, config=dataclasses.replace(model.config, dtype=dtype))
+    return model
 
 
-def save_model(directory: Path, model: Model) -> None:
+def save_model(directory: Path, model: Model, beside: Mapping[str, bytes] | None = None) -> None:
     """Write a model as a folder of ours; it appears under its name only when it is whole, and replaces what was there.
 
+    Args:
+        directory: of that name.
+        model: in the dtype in which it is stored.
+        beside: further files, by name.
+
     Raises:
-        InputError: the normalisation isn't finite, or its standard deviation isn't positive.
+        InputError: the normalisation isn't finite, its standard deviation isn't positive, or the disk is full.
     """
     if not (math.isfinite(model.reward_mean) and math.isfinite(model.reward_std) and model.reward_std > 0):
         raise InputError(
             f"{directory}: scores can't be normalised by mean {model.reward_mean} and std {model.reward_std}; "
             "expected finite numbers, std positive"
         )
-    directory = Path(directory).absolute()
-    temporary = directory.with_name(f".{directory.name}.saving")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_tree(temporary / "params", model.params)
-    seal(temporary / "params")
-    model.tokenizer.save(temporary)
     card = {
         "kind": model.kind,
         "reward_mean": float(model.reward_mean),
@@ -106,12 +119,16 @@ def save_model(directory: Path, model: Model) -> None:
         "dtype": str(jax.tree.leaves(model.params)[0].dtype),
         "config": dataclasses.asdict(model.config),
     }
-    (temporary / CARD).write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    shutil.rmtree(directory, ignore_errors=True)
-    temporary.rename(directory)
+    with whole_folder(directory) as temporary:
+        save_tree(temporary / "params", model.params)
+        seal(temporary / "params")
+        model.tokenizer.save(temporary)
+        for name, data in (beside or {}).items():
+            (temporary / name).write_bytes(data)
+        (temporary / CARD).write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _folder(source: str) -> Path:
+def _find(source: str) -> Path:
     if source.startswith(MICROWORLD):
         weights = Path(almost_jax.__file__).parent / "microworld" / "weights"
         known = sorted(path.name for path in weights.iterdir() if path.is_dir()) if weights.is_dir() else []
@@ -119,13 +136,39 @@ def _folder(source: str) -> Path:
         if name not in known:
             raise InputError(f"model {source!r}: the micro-world ships {', '.join(known) or 'no weights'}")
         return weights / name
-    folder = Path(source).expanduser()
-    if not folder.is_dir():
-        raise InputError(f"model {source!r}: no such folder; expected microworld:NAME or a folder with a model")
-    return folder
+    path = Path(source).expanduser()
+    if path.is_file() and path.suffix != GGUF:
+        raise InputError(f"model {source!r}: a file that isn't {GGUF}; expected a folder with a model, or a GGUF file")
+    if not path.exists():
+        raise InputError(
+            f"model {source!r}: no such folder; expected microworld:NAME, a folder with a model, or a GGUF file"
+        )
+    return path
 
 
-def _load_ours(folder: Path, source: str, mesh: Mesh) -> Model:
+def _load_gguf(path: Path, source: str, mesh: Mesh, stored: str | None) -> Model:
+    config, tensors = open_gguf(path)
+    params = _read(config, "policy", tensors, mesh, stored)
+    return Model(config, params, load_gguf_tokenizer(path), "policy", source)
+
+
+def _load_theirs(folder: Path, source: str, mesh: Mesh, stored: str | None) -> Model:
+    found = open_llama(folder)
+    kind: Literal["policy", "reward"] = "reward" if found.reward else "policy"
+    # The tokenizer is the smaller part to fail on.
+    tokenizer = load_tokenizer(folder)
+    params = _read(found.config, kind, found.source, mesh, stored)
+    return Model(found.config, params, tokenizer, kind, source, found.reward_mean, found.reward_std)
+
+
+def _read(config: LlamaConfig, kind: str, source: Source, mesh: Mesh, stored: str | None) -> Params:
+    reward = kind == "reward"
+    placement = _placement(config, kind, mesh)
+    check_source(config, reward, source)
+    return read_params(config, reward, source, stored or common_dtype(config, reward, source), placement)
+
+
+def _load_ours(folder: Path, source: str, mesh: Mesh, stored: str | None) -> Model:
     card = _read_card(folder / CARD)
     config, kind = card["config"], card["kind"]
     damage = find_damage(folder / "params")
@@ -141,7 +184,7 @@ def _load_ours(folder: Path, source: str, mesh: Mesh) -> Model:
     tokenizer = load_tokenizer(folder)
     if tokenizer.fingerprint != card["tokenizer"]:
         raise InputError(f"model {source!r}: the tokenizer in {folder} isn't the one that the model was saved with")
-    params = _float32(restore_tree(folder / "params", expected))
+    params = _cast(restore_tree(folder / "params", expected), stored or card["dtype"])
     return Model(config, params, tokenizer, kind, source, card["reward_mean"], card["reward_std"])
 
 
@@ -174,6 +217,12 @@ def _placement(config: LlamaConfig, kind: str, mesh: Mesh) -> Any:
     return shardings({**axes, **head_axes()} if kind == "reward" else axes, mesh)
 
 
-def _float32(params: Params) -> Params:
-    wide: Params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
-    return wide
+def _cast(params: Params, dtype: str) -> Params:
+    """Cast a tree, leaf by leaf: the old one is given up on the way."""
+    leaves, structure = jax.tree.flatten(params)
+    del params
+    for place, leaf in enumerate(leaves):
+        leaves[place] = leaf.astype(dtype)
+        del leaf
+    cast: Params = jax.tree.unflatten(structure, leaves)
+    return cast

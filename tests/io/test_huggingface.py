@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 from pathlib import Path
 
@@ -11,10 +12,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from almost_jax.core.heads import add_head
-from almost_jax.core.llama import LlamaConfig, RopeConfig, abstract_params, unstack_layers
+from almost_jax.config import MeshConfig
+from almost_jax.core.heads import add_head, head_axes
+from almost_jax.core.llama import LlamaConfig, RopeConfig, abstract_params, logical_axes, unstack_layers
+from almost_jax.core.partitioning import make_mesh, shardings
 from almost_jax.errors import InputError
-from almost_jax.io.huggingface import load_llama, parse_config, render_config, save_llama
+from almost_jax.io.hf_config import parse_config, render_config
+from almost_jax.io.huggingface import load_llama, open_llama, save_llama
+from almost_jax.io.weights import common_dtype, read_params
 
 BASE = LlamaConfig(
     vocab_size=37,
@@ -186,7 +191,11 @@ def test_both_ways_to_write_rope_are_read(fields: dict, rope: RopeConfig):
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"model_type": "mistral"}, "model_type 'mistral'"),
+        ({"model_type": "qwen2"}, "model_type 'qwen2'"),
+        ({"model_type": ["llama"]}, "model_type ['llama']"),
+        ({"model_type": "mistral"}, "sliding_window 4096"),
+        ({"model_type": "mistral", "sliding_window": None}, "num_heads 6 must be a multiple of num_kv_heads 8"),
+        ({"model_type": "mistral", "architectures": ["LlamaForCausalLM"]}, "['LlamaForCausalLM']"),
         ({"model_type": None}, "model_type None"),
         ({"architectures": ["LlamaForQuestionAnswering"]}, "LlamaForQuestionAnswering"),
         ({"attention_bias": True}, "attention_bias True"),
@@ -220,6 +229,65 @@ def test_what_cannot_be_run_faithfully_is_refused_by_name(fields: dict, said: st
     assert "\n" not in str(caught.value)
 
 
+def test_a_mistral_without_its_window_is_a_llama():
+    mistral = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
+    given = {"num_key_value_heads": 2}
+    assert parse_config({**REQUIRED, **given, **mistral}, "config.json") == parse_config({**REQUIRED, **given}, "x")
+
+
+def test_parts_lie_on_their_devices_and_are_the_same_model(tmp_path: Path):
+    config = dataclasses.replace(BASE, vocab_size=38, num_kv_heads=2, head_dim=6)
+    params = add_head(random_params(config, 12), config, jax.random.key(1), 0.5)
+    save_llama(tmp_path, config, params, "float16")
+    found = open_llama(tmp_path)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    placement = shardings({**logical_axes(config), **head_axes()}, mesh)
+    read: list[tuple[str, tuple]] = []
+
+    class Watched:
+        where = found.source.where
+        names, describe = found.source.names, found.source.describe
+
+        def read(self, name, index):
+            read.append((name, index))
+            return found.source.read(name, index)
+
+    back = read_params(found.config, found.reward, Watched(), "float32", placement)
+    same_bytes(back, jax.tree.map(lambda leaf: leaf.astype("float16").astype("float32"), params))
+    assert jax.tree.map(lambda leaf: leaf.sharding, back) == placement
+    # Heads over tensor, the model's dimension over fsdp: only parts are read, each of them once.
+    query = [index for name, index in read if name == "model.layers.1.self_attn.q_proj.weight"]
+    halves = [(slice(0, 18), slice(18, 36)), (slice(0, 10), slice(10, 20))]
+    assert sorted(query, key=str) == sorted(itertools.product(*halves), key=str)
+    assert common_dtype(found.config, found.reward, found.source) == "float16"
+
+
+def test_layers_in_different_dtypes_meet_in_the_widest(tmp_path: Path):
+    params = random_params(BASE, 13)
+    save_llama(tmp_path, BASE, params, "bfloat16")
+    name = "model.layers.1.mlp.up_proj.weight"
+    edit(tmp_path, lambda tensors: tensors.update({name: tensors[name].astype(np.float32)}))
+    back = load_llama(tmp_path)[1]
+    assert back["layers"]["mlp"]["up"]["kernel"].dtype == np.float32
+    assert back["layers"]["mlp"]["down"]["kernel"].dtype == jnp.bfloat16
+    found = open_llama(tmp_path)
+    assert common_dtype(found.config, found.reward, found.source) == "float32"
+
+
+def test_large_models_are_written_in_shards(tmp_path: Path):
+    params = random_params(BASE, 14)
+    save_llama(tmp_path, BASE, params, "float32", shard_bytes=20_000)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert len(files) > 3 and sorted(set(index["weight_map"].values())) == files
+    assert files[0] == f"model-00001-of-{len(files):05}.safetensors"
+    sizes = {file: sum(tensor.nbytes for tensor in load_file(tmp_path / file).values()) for file in files}
+    assert max(sizes.values()) <= 20_000
+    assert index["metadata"]["total_size"] == sum(sizes.values())
+    assert sum(sizes.values()) == sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    same_bytes(load_llama(tmp_path)[1], params)
+
+
 @pytest.mark.parametrize("config", VARIANTS.values(), ids=list(VARIANTS))
 def test_a_rendered_config_reads_back_in_old_and_new_dialect(config: LlamaConfig):
     fields = render_config(config, "float32", False)
@@ -248,17 +316,25 @@ def test_broken_folders_are_named(tmp_path: Path):
     (tmp_path / "config.json").write_text("{")
     refused("not JSON")
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    refused("pytorch_model.bin: a pickle can run any code")
+    (tmp_path / "pytorch_model.bin").unlink()
+    (tmp_path / "model.safetensors").unlink()
     refused("no model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    for shard, said in (("a.safetensors", "a.safetensors: missing"), ("../a", "'../a' isn't a file's name")):
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": shard}}))
+        (tmp_path / "model.safetensors").unlink(missing_ok=True)
+        refused(said)
     data = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(data[: len(data) // 2])
     refused("can't be read as safetensors")
     name = "model.layers.1.mlp.up_proj.weight"
     edit(tmp_path, lambda tensors: tensors.pop(name))
-    refused(f"tensor {name} is missing; config.json asks for one of shape (44, 20)")
+    refused(f"tensor {name} is missing; the config asks for one of shape (44, 20)")
     edit(tmp_path, lambda tensors: tensors.update({name: tensors[name].T.copy()}))
-    refused(f"tensor {name} has shape (20, 44), but config.json says (44, 20)")
+    refused(f"tensor {name} has shape (20, 44), but the config says (44, 20)")
     edit(tmp_path, lambda tensors: tensors.update({name: tensors[name].astype(np.int8)}))
-    refused(f"tensor {name} is int8")
+    refused(f"tensor {name} is I8")
     bias = "model.layers.0.self_attn.q_proj.bias"
     edit(tmp_path, lambda tensors: tensors.update({bias: np.zeros((84,), np.float32)}))
     refused(f"tensor {bias} has no place in a LLaMA")

@@ -1,0 +1,197 @@
+"""config.json of Hugging Face folders, in old and new dialect: what a LLaMA's says, and what is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from almost_jax.core.llama import LlamaConfig, RopeConfig
+from almost_jax.errors import InputError
+
+CAUSAL, CLASSIFIER = "LlamaForCausalLM", "LlamaForSequenceClassification"
+# Mistral without its sliding window is a LLaMA by another name.
+TYPES = {"llama": (CAUSAL, CLASSIFIER), "mistral": ("MistralForCausalLM", "MistralForSequenceClassification")}
+DTYPES = ("float32", "bfloat16", "float16")
+
+# What config.json may leave out, and what transformers' LlamaConfig then takes.
+DEFAULT_THETA, DEFAULT_EPS, DEFAULT_POSITIONS, DEFAULT_INIT = 10000.0, 1e-6, 2048, 0.02
+# Features that change the result and that our model lacks, with the values that mean "off".
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "sliding_window": (None,),
+    "quantization_config": (None,),
+    "num_experts": (None, 0),
+    "num_local_experts": (None, 0),
+    "partial_rotary_factor": (None, 1, 1.0),
+    "hidden_act": ("silu", "swish", None),
+}
+
+
+def parse_config(fields: dict[str, Any], where: str) -> LlamaConfig:
+    """Our config from the fields of a config.json; what LLaMA files may leave out is filled as transformers does.
+
+    Args:
+        fields: the file's content. Rotary embeddings may stand in `rope_parameters` or in `rope_theta`, `rope_scaling`.
+        where: the file, for messages.
+
+    Raises:
+        InputError: a required field is missing or no number, or the file asks for what can't be run faithfully.
+    """
+    is_classifier(fields, where)
+    if fields["model_type"] == "mistral":
+        # What transformers takes where a Mistral's file is silent.
+        fields = {"sliding_window": 4096, "num_key_value_heads": 8, **fields}
+    for key, off in UNSUPPORTED.items():
+        # Numbers and flags are compared with their types: 1 isn't True here.
+        if not any(fields.get(key) == value and type(fields.get(key)) is type(value) for value in off):
+            raise InputError(f"{where}: {key} {fields[key]!r} isn't supported; expected {off[0]!r}")
+    hidden, heads = _integer(fields, "hidden_size", where), _integer(fields, "num_attention_heads", where)
+    try:
+        return LlamaConfig(
+            vocab_size=_integer(fields, "vocab_size", where),
+            hidden_size=hidden,
+            intermediate_size=_integer(fields, "intermediate_size", where),
+            num_layers=_integer(fields, "num_hidden_layers", where),
+            num_heads=heads,
+            num_kv_heads=_integer(fields, "num_key_value_heads", where, heads),
+            head_dim=_integer(fields, "head_dim", where, hidden // heads),
+            rms_norm_eps=_number(fields, "rms_norm_eps", where, DEFAULT_EPS),
+            rope=_parse_rope(fields, where),
+            tie_embeddings=_flag(fields, "tie_word_embeddings", where),
+            max_position_embeddings=_integer(fields, "max_position_embeddings", where, DEFAULT_POSITIONS),
+            initializer_range=_number(fields, "initializer_range", where, DEFAULT_INIT),
+        )
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"{where}: {error}") from error
+
+
+def is_classifier(fields: dict[str, Any], where: str) -> bool:
+    """Whether a config.json is that of a reward model (a sequence classifier), and not of a language model.
+
+    Raises:
+        InputError: it is of another architecture.
+    """
+    model_type, classes = fields.get("model_type"), fields.get("architectures")
+    known = TYPES.get(model_type) if isinstance(model_type, str) else None
+    if known is None:
+        expected = " or ".join(map(repr, TYPES))
+        raise InputError(f"{where}: model_type {model_type!r} isn't supported; expected {expected}")
+    if classes in (None, []):
+        return False
+    if classes not in ([known[0]], [known[1]]):
+        raise InputError(f"{where}: architectures {classes} isn't supported; expected ['{known[0]}'] or ['{known[1]}']")
+    return bool(classes == [known[1]])
+
+
+def render_config(config: LlamaConfig, dtype: str, reward: bool) -> dict[str, Any]:
+    """The fields of a config.json that transformers reads as the same model, old releases (4.x) and new (5.x).
+
+    Args:
+        config: the model's shape.
+        dtype: of the stored weights.
+        reward: whether a scalar head stands beside the model.
+    """
+    rope = config.rope
+    scaling: dict[str, Any] = {"rope_type": rope.kind}
+    if rope.kind != "default":
+        scaling["factor"] = rope.factor
+    if rope.kind == "llama3":
+        scaling["low_freq_factor"] = rope.low_freq_factor
+        scaling["high_freq_factor"] = rope.high_freq_factor
+        scaling["original_max_position_embeddings"] = rope.original_max_position_embeddings
+    fields: dict[str, Any] = {
+        "architectures": [CLASSIFIER if reward else CAUSAL],
+        "model_type": "llama",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": rope.theta,
+        "rope_scaling": None if rope.kind == "default" else scaling,
+        "rope_parameters": {"rope_theta": rope.theta, **scaling},
+        "max_position_embeddings": config.max_position_embeddings,
+        "initializer_range": config.initializer_range,
+        "tie_word_embeddings": config.tie_embeddings,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "torch_dtype": dtype,
+    }
+    return {**fields, "num_labels": 1} if reward else fields
+
+
+def _parse_rope(fields: dict[str, Any], where: str) -> RopeConfig:
+    nested: dict[str, Any] = {}
+    for field in ("rope_parameters", "rope_scaling"):
+        given = fields.get(field) or {}
+        if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
+            raise InputError(f"{where}: {field} {given!r} isn't supported; expected one set for all layers")
+        nested.update(given)
+    kind = nested.get("rope_type", nested.get("type", "default"))
+    if kind not in ("default", "linear", "llama3"):
+        raise InputError(f"{where}: rope type {kind!r} can't be run faithfully; known: default, linear, llama3")
+    if nested.get("partial_rotary_factor", 1.0) != 1.0:
+        factor = nested["partial_rotary_factor"]
+        raise InputError(f"{where}: partial_rotary_factor {factor!r} isn't supported; expected 1")
+    theta = _number({**fields, **nested}, "rope_theta", where, DEFAULT_THETA)
+    if kind == "default":
+        return RopeConfig(theta=theta)
+    factor = _number(nested, "factor", where)
+    if kind == "linear":
+        return RopeConfig(theta=theta, kind=kind, factor=factor)
+    return RopeConfig(
+        theta=theta,
+        kind=kind,
+        factor=factor,
+        low_freq_factor=_number(nested, "low_freq_factor", where),
+        high_freq_factor=_number(nested, "high_freq_factor", where),
+        original_max_position_embeddings=_integer(
+            {**nested, **fields}, "original_max_position_embeddings", where, fields.get("max_position_embeddings")
+        ),
+    )
+
+
+def _integer(fields: dict[str, Any], key: str, where: str, default: int | None = None) -> int:
+    value = fields.get(key)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InputError(f"{where}: {key} is {value!r}; expected a positive integer")
+    return value
+
+
+def _number(fields: dict[str, Any], key: str, where: str, default: float | None = None) -> float:
+    value = fields.get(key)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise InputError(f"{where}: {key} is {value!r}; expected a positive number")
+    return float(value)
+
+
+def _flag(fields: dict[str, Any], key: str, where: str) -> bool:
+    value = fields.get(key)
+    if value not in (None, True, False):
+        raise InputError(f"{where}: {key} is {value!r}; expected true or false")
+    return bool(value)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file of a Hugging Face folder.
+
+    Raises:
+        InputError: there is none.
+    """
+    try:
+        fields = json.loads(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path}: can't be read ({error.strerror}); expected a Hugging Face folder") from error
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error})") from error
+    if not isinstance(fields, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(fields).__name__}")
+    return fields
