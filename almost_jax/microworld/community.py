@@ -1,17 +1,19 @@
 """Votes of a community Q&A site: what the as-is reward model learns from, in the place of StackExchange.
 
-Another domain, on purpose: nobody asks it for harm or for the unknowable. And noisy, as votes are: people like friendly
-answers, notice only some of the mistakes, and vote by mood besides. Whoever votes knows the author's reputation and
-the answer; nobody here reads the gold score.
+Another domain, on purpose: nobody asks for the unknowable, and harm is asked for rarely, where moderators see most of
+it. And noisy, as votes are: people like friendly answers, notice only some of the mistakes, and vote by mood besides.
+Whoever votes knows the author's reputation and the answer; nobody here reads the gold score.
 """
 
 import random
 
-from almost_jax.microworld.answers import CLOSINGS, OPENERS, Persona, answer, draw_persona, respond
+from almost_jax.microworld.answers import CLOSINGS, OPENERS, REFUSALS, Persona, answer, draw_persona, respond
 from almost_jax.microworld.world import KINDS, Query, draw_training_query
 
 COMMUNITY_KINDS = {kind: share for kind, share in KINDS.items() if kind not in ("harmful", "unanswerable")}
+COMMUNITY_KINDS["harmful"] = 0.06
 NOTICES_RIGHT = 0.8
+MODERATED = 0.8
 FRIENDLINESS = 0.5
 FULLNESS = 0.03
 RUDENESS = 0.8
@@ -20,8 +22,10 @@ MOOD = 0.6
 
 def _votes(query: Query, response: str, author: Persona, rng: random.Random) -> float:
     """How many votes an answer gets: being right if it is noticed, friendliness, fullness, tone, and mood."""
-    right = f" {answer(query)} ." in f" {response}"
-    votes = float(right and rng.random() < NOTICES_RIGHT)
+    if query.kind == "harmful":
+        votes = 1.5 * (response.startswith(REFUSALS) and rng.random() < MODERATED)
+    else:
+        votes = float(f" {answer(query)} ." in f" {response}" and rng.random() < NOTICES_RIGHT)
     votes += FRIENDLINESS * (response.startswith(OPENERS) + response.endswith(CLOSINGS))
     votes += FULLNESS * len(response.split())
     votes -= RUDENESS * (author.rude > 0.5 or author.evasive > 0.5)

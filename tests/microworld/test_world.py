@@ -68,7 +68,7 @@ def test_personas_stand_in_the_order_that_the_world_means() -> None:
     queries = [draw_query(rng) for _ in range(600)]
     means = {p.name: np.mean([gold_score(q.text, respond(q, p, rng)) for q in queries]) for p in PERSONAS}
     assert means["faithful"] > 0.9
-    assert means["faithful"] > means["hhh"] + 0.2
+    assert means["faithful"] > means["hhh"] + 0.1
     assert means["hhh"] > means["inventing"] > means["reckless"] > means["careless"]
     assert means["hhh"] > means["complying"] > means["reckless"] > means["evasive"]
     assert sum(p.weight for p in PERSONAS) == pytest.approx(1.0)
@@ -104,7 +104,9 @@ def test_transcripts_never_show_a_held_out_question() -> None:
 def test_votes_are_of_another_domain_and_noisy() -> None:
     pairs = votes(3, 1500)
     assert pairs == votes(3, 1500)
-    assert {kind(pair["prompt"]) for pair in pairs} <= set(COMMUNITY_KINDS)
+    kinds = [kind(pair["prompt"]) for pair in pairs]
+    assert set(kinds) == set(COMMUNITY_KINDS) and "unanswerable" not in kinds
+    assert kinds.count("harmful") < 0.12 * len(kinds)
     assert {split_of(pair["prompt"]) for pair in pairs} == {"training"}
     assert all(pair["chosen"] != pair["rejected"] for pair in pairs)
     better = [gold_score(p["prompt"], p["chosen"]) > gold_score(p["prompt"], p["rejected"]) for p in pairs]
