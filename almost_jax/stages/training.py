@@ -23,8 +23,10 @@ from almost_jax.io.run import Run
 HostBatch: TypeAlias = Mapping[str, np.ndarray]
 TrainStep: TypeAlias = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
 
-# Rows are padded to a multiple of this many tokens.
+# Rows that come in buckets of like length are padded to a multiple of this many tokens; where a whole data set has one
+# length, to a finer one, since only one program is compiled.
 LENGTH_MULTIPLE = 16
+FIXED_MULTIPLE = 8
 # The last checkpoint and the one before it, in case the last is torn.
 CHECKPOINTS_KEPT = 2
 
@@ -76,7 +78,7 @@ def count_steps(training: TrainingConfig, examples: int) -> int:
 
 def fixed_length(longest: int) -> int:
     """The one length that every row of a data set is padded to, so that one program is compiled."""
-    return bucket_length(longest, LENGTH_MULTIPLE)
+    return bucket_length(longest, FIXED_MULTIPLE)
 
 
 def host_figures(name: str, step: int, figures: Mapping[str, Any], checkpoints: Checkpoints) -> dict[str, float]:
