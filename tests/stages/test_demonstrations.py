@@ -94,7 +94,9 @@ def test_empty_candidates_are_never_chosen() -> None:
     assert [len(record["turns"]) for record in records] == [1, 2, 2, 2, 2]
     summary = demonstrations.summarize(records)
     assert (summary["dialogues"], summary["unanswered"], summary["assistant_turns"]) == (5, 1, 4)
-    assert summary["mean_score_kept"] > summary["mean_score_candidates"]
+    # By hand: q1 keeps 28 letters (-18) beside two silences (-10 each), the others one letter of three (-9 each).
+    assert summary["mean_score_kept"] == pytest.approx((-18 - 3 * 9) / 4)
+    assert summary["mean_score_candidates"] == pytest.approx((-18 - 2 * 10 - 9 * 9) / 12)
 
 
 def test_plain_self_play_keeps_its_one_candidate_unscored() -> None:
@@ -136,7 +138,10 @@ def test_28_self_play_stopped_and_resumed_is_the_same_to_the_byte(
         assert {len(turn["candidates"]) for turn in turns} == {n}
         assert any(len(record["turns"]) == 4 for record in each)
     # Plain self-play has randomness of its own: it isn't the guided one's first candidates.
-    first = [[record["turns"][1]["candidates"][0]["text"] for record in each] for each in records]
+    first = [
+        [record["turns"][1]["candidates"][0]["text"] for record in each if demonstrations.is_answered(record)]
+        for each in records
+    ]
     assert first[0] != first[1]
 
     # Stop in the middle of writing the second chunk (6 dialogues each).
