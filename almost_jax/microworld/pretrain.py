@@ -70,7 +70,7 @@ class Recipe:
 
 RECIPES = {
     "small": Recipe(64, 2, 176, (Phase(300, 64, 48, True), Phase(850, 16, CONTEXT)), 4e-3),
-    "medium": Recipe(96, 3, 256, (Phase(350, 64, 48, True), Phase(500, 16, CONTEXT)), 3e-3),
+    "medium": Recipe(96, 3, 256, (Phase(350, 64, 48, True), Phase(320, 16, CONTEXT)), 3e-3),
     "large": Recipe(128, 4, 352, (Phase(400, 64, 48, True), Phase(650, 16, CONTEXT)), 2e-3),
 }
 
