@@ -1,4 +1,4 @@
-"""The command line: run, sweep, status, report."""
+"""The command line: run, sweep, status, report, import, export, score."""
 
 import datetime
 import os
@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from almost_jax.commands import models, scoring
 from almost_jax.errors import InputError, TrainingDiverged
 from almost_jax.experiments import load_experiment, load_sweep
 from almost_jax.folder import is_locked, read_status
@@ -127,6 +128,11 @@ def report_command(folder: Folder) -> None:
         raise InputError(f"{folder}: is no run's folder (it has no config.yaml)")
     built = page.build(folder)
     _show(_console(), f"{page.summary_table(folder)}\n\n{built}")
+
+
+app.command("import")(models.import_command)
+app.command("export")(models.export_command)
+app.command("score")(scoring.score_command)
 
 
 def main(arguments: list[str] | None = None) -> None:

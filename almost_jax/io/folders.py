@@ -32,6 +32,7 @@ def whole_folder(directory: Path) -> Iterator[Path]:
         yield temporary
         shutil.rmtree(directory, ignore_errors=True)
         temporary.rename(directory)
+    # BaseException: an interrupt must not leave a part behind either.
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         reason = _cause(error)

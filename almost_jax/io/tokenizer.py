@@ -1,5 +1,6 @@
 """Text to token ids and back, through transformers' fast tokenizers."""
 
+import copy
 import hashlib
 import json
 import os
@@ -21,6 +22,7 @@ class Tokenizer:
         eos_id: the end of a document or response.
         pad_id: falls back to `eos_id`: masks come from lengths, so this is harmless.
         bos_id: the beginning of a document; None if the tokenizer has none.
+        unk_id: what stands for letters that the tokenizer doesn't know; None if it knows all.
         fingerprint: equal for tokenizers that encode alike, wherever they were loaded from.
     """
 
@@ -36,12 +38,21 @@ class Tokenizer:
         self.vocab_size: int = len(backend)
         self.eos_id: int = backend.eos_token_id
         self.bos_id: int | None = backend.bos_token_id
+        self.unk_id: int | None = backend.unk_token_id
         self.pad_id: int = self.eos_id if backend.pad_token_id is None else backend.pad_token_id
         self.fingerprint: str = _fingerprint(backend)
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text; a special token's name in it ("</s>") is encoded as the letters it is made of."""
         ids: list[int] = self._backend.encode(text, add_special_tokens=False, split_special_tokens=True)
+        return ids
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """The ids of a text that a user wrote, as transformers gives them.
+
+        Special tokens that the tokenizer puts around a text are added, and those named in it are read as such.
+        """
+        ids: list[int] = self._backend.encode(text)
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -54,6 +65,18 @@ class Tokenizer:
         """The id of a text that is exactly one known token, else None."""
         ids = self.encode(text)
         return ids[0] if len(ids) == 1 and ids[0] != self._backend.unk_token_id else None
+
+    def with_chat_template(self, template: str) -> "Tokenizer":
+        """The same tokenizer; it has this chat template unless it had one before."""
+        backend = copy.deepcopy(self._backend)
+        backend.chat_template = backend.chat_template or template
+        return Tokenizer(backend)
+
+    def with_pad(self, pad_id: int) -> "Tokenizer":
+        """The same tokenizer with another of its tokens for padding."""
+        backend = copy.deepcopy(self._backend)
+        backend.pad_token = backend.convert_ids_to_tokens(pad_id)
+        return Tokenizer(backend)
 
     def save(self, directory: Path) -> None:
         """Write the tokenizer's files into a folder, beside what is there."""

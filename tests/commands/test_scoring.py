@@ -1,0 +1,126 @@
+"""score: exact log-probs in the file's order, rewards, and a file that goes on where it was interrupted."""
+
+import dataclasses
+import importlib.util
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from almost_jax.commands import scoring
+from almost_jax.core.heads import sequence_scores
+from almost_jax.core.llama import hidden_states, logits
+from almost_jax.errors import InputError
+from almost_jax.io.models import Model, save_model
+from almost_jax.io.records import read_records, write_records
+
+_spec = importlib.util.spec_from_file_location("models_commands", Path(__file__).with_name("test_models_commands.py"))
+assert _spec is not None and _spec.loader is not None
+_other = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_other)
+command, make_model = _other.command, _other.make_model
+
+LINES = [
+    {"prompt": "w3 w4", "completion": "w5", "id": 7},
+    {"prompt": "w9", "completion": "w3 w3 <eos> w11 w12 w13"},
+    {"prompt": "w3 w4", "completion": ""},
+    {"prompt": "w3 <eos> w4", "completion": "w5"},
+    {"prompt": "w3 w4", "completion": "w5"},
+]
+
+
+@pytest.fixture(scope="module")
+def reward() -> Model:
+    return make_model("reward")
+
+
+def alone(model: Model, prompt: list[int], completion: list[int]) -> np.ndarray:
+    """Log-probs of one completion, from the logits of the whole row."""
+    row = jnp.asarray([[*prompt, *completion]], jnp.int32)
+    everything = jax.nn.log_softmax(logits(model.params, model.config, hidden_states(model.params, model.config, row)))
+    return np.asarray([everything[0, len(prompt) - 1 + place, token] for place, token in enumerate(completion)])
+
+
+def test_04_lines_are_scored_exactly_and_in_order(tmp_path: Path, capsys, reward: Model):
+    save_model(tmp_path / "model", reward)
+    write_records(tmp_path / "in.jsonl", LINES)
+    out = tmp_path / "out.jsonl"
+    code, _, err = command(
+        capsys,
+        "score",
+        "--model",
+        tmp_path / "model",
+        "--input",
+        tmp_path / "in.jsonl",
+        "--out",
+        out,
+        "--batch-size",
+        2,
+    )
+    assert (code, err) == (0, "")
+    found = read_records(out)
+    assert [{key: record[key] for key in line} for record, line in zip(found, LINES, strict=True)] == LINES
+    assert [record["line"] for record in found] == [1, 2, 3, 4, 5]
+    prompts = [[3, 4], [9], [3, 4], [3, 1, 4], [3, 4]]
+    completions = [[5], [3, 3, 1, 11, 12, 13], [], [5], [5]]
+    for record, prompt, completion in zip(found, prompts, completions, strict=True):
+        assert record["tokens"] == completion
+        expected = alone(reward, prompt, completion)
+        np.testing.assert_allclose(record["token_logprobs"], expected, atol=1e-5)
+        assert record["logprob"] == pytest.approx(expected.sum(), abs=1e-5)
+        text = [*prompt, *completion, 1]
+        raw = sequence_scores(
+            reward.params, reward.config, jnp.asarray([text], jnp.int32), jnp.asarray([len(text)], jnp.int32)
+        )
+        assert record["reward"] == pytest.approx((float(raw[0]) + 0.25) / 2.75, abs=1e-5)
+    assert found[0]["token_logprobs"] == found[4]["token_logprobs"] != found[3]["token_logprobs"]
+
+
+def test_28_an_interrupted_file_goes_on_and_ends_the_same(tmp_path: Path, reward: Model, monkeypatch):
+    monkeypatch.setattr(scoring, "_BATCHES_AT_ONCE", 1)
+    source, whole, out = tmp_path / "in.jsonl", tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    write_records(source, LINES)
+    scoring.score_file(reward, source, whole, 2, True)
+    data = whole.read_bytes()
+    for size in (0, 5, data.index(b"\n") + 1, data.index(b"\n") + 9, len(data)):
+        (tmp_path / "out.jsonl.partial").write_bytes(data[:size])
+        scoring.score_file(reward, source, out, 2, True)
+        again = read_records(out)
+        assert [one["tokens"] for one in again] == [one["tokens"] for one in read_records(whole)]
+        for one, other in zip(again, read_records(whole), strict=True):
+            np.testing.assert_allclose(one["token_logprobs"], other["token_logprobs"], atol=1e-5)
+        assert not (tmp_path / "out.jsonl.partial").exists()
+        out.unlink()
+    partial = tmp_path / "out.jsonl.partial"
+    other = dataclasses.replace(reward, reward_mean=3.0)
+    for model, lines, said in (
+        (other, LINES, "scored by another model"),
+        (reward, [LINES[1], *LINES[1:]], "line 1: from another input"),
+        (reward, LINES[:1], "has more lines than"),
+    ):
+        partial.write_bytes(b"".join(data.splitlines(keepends=True)[:3]))
+        write_records(source, lines)
+        with pytest.raises(InputError, match=said):
+            scoring.score_file(model, source, out, 2, True)
+        assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"prompt": "w3"}', "line 2: completion is None; expected a text"),
+        ('{"prompt": ["w3"], "completion": "w4"}', "line 2: prompt is ['w3']; expected a text"),
+        ("{", "not JSON"),
+        ('{"prompt": "", "completion": "w4"}', "line 2: prompt is empty"),
+        (json.dumps({"prompt": "w3", "completion": "w4 " * 2048}), "line 2: 2049 tokens; the model reads 2048"),
+    ],
+)
+def test_bad_lines_are_named(tmp_path: Path, line: str, said: str):
+    source = tmp_path / "in.jsonl"
+    source.write_text(f'{{"prompt": "w3", "completion": "w4"}}\n{line}\n')
+    with pytest.raises(InputError) as caught:
+        scoring.score_file(make_model(), source, tmp_path / "out.jsonl", 2, True)
+    assert said in str(caught.value) and str(source) in str(caught.value) and not (tmp_path / "out.jsonl").exists()
