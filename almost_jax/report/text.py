@@ -24,7 +24,8 @@ _HIDING = {
     0xFEFF,
 }
 _MARKDOWN = re.compile(r"([\\`*_\[\]|~#!$(){}])")
-_LIST_START = re.compile(r"^(\s*)([-+=]|\d+(?=[.)]))", re.MULTILINE)
+# A list begins by a sign or number before a blank, a heading or rule by a line of signs; -0.5 and .657 are neither.
+_LIST_START = re.compile(r"^(\s*)([-+](?=\s|$)|[-=](?=[-=\s]*$)|\d+(?=[.)](?:\s|$)))", re.MULTILINE)
 
 
 def visible(text: str) -> str:
