@@ -41,5 +41,5 @@ def micro_experiment(tmp_path: Path) -> Path:
     base = Path(__file__).parents[1] / "experiments" / "microworld.yaml"
     models = "\n".join(f"  {name}: {tmp_path / name}" for name in ("small", "medium", "large"))
     path = tmp_path / "experiment.yaml"
-    path.write_text(f"base: {base}\nname: probe\nmodels:\n{models}\n", encoding="utf-8")
+    path.write_text(f"base: {base}\nname: probe\nppo: {{kl_coef: 0.05}}\nmodels:\n{models}\n", encoding="utf-8")
     return path
