@@ -13,22 +13,29 @@ _FULL = ("No space left on device", "os error 28", "RESOURCE_EXHAUSTED")
 
 
 @contextmanager
-def whole_folder(directory: Path) -> Iterator[Path]:
+def whole_folder(directory: Path, size: int) -> Iterator[Path]:
     """Fill a temporary folder beside `directory`, and give it that name at the end; it replaces what was there.
 
     When filling it fails, nothing is left and what was there stays.
+
+    Args:
+        directory: of that name.
+        size: bytes that must be free for it: a library that fills up a disk says so in a hundred lines.
 
     Yields:
         The temporary folder, empty.
 
     Raises:
-        InputError: it can't be written, as on a full disk; other errors pass through.
+        InputError: it can't be written, as on a disk without room for it; other errors pass through.
     """
     directory = Path(directory).absolute()
     temporary = directory.with_name(f".{directory.name}.saving")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
+        free = shutil.disk_usage(temporary).free
+        if free < size:
+            raise InputError(f"{directory}: no space left on device ({size:,} bytes are needed, {free:,} are free)")
         yield temporary
         shutil.rmtree(directory, ignore_errors=True)
         temporary.rename(directory)

@@ -119,7 +119,8 @@ def save_model(directory: Path, model: Model, beside: Mapping[str, bytes] | None
         "dtype": str(jax.tree.leaves(model.params)[0].dtype),
         "config": dataclasses.asdict(model.config),
     }
-    with whole_folder(directory) as temporary:
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
+    with whole_folder(directory, size) as temporary:
         save_tree(temporary / "params", model.params)
         seal(temporary / "params")
         model.tokenizer.save(temporary)

@@ -106,7 +106,7 @@ def export_model(
     config = dataclasses.replace(model.config, tie_embeddings=True) if reward else model.config
     tokenizer, extra = _tokenizer_to_export(model)
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
-    with whole_folder(destination) as folder:
+    with whole_folder(destination, count * jnp.dtype(dtype).itemsize) as folder:
         save_llama(folder, config, params, dtype, tokenizer, extra, shard_bytes)
         if not reward:
             (folder / GENERATION).write_bytes(_generation_config(source, tokenizer))

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
 
 import jax
@@ -176,6 +177,18 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, capsys, monk
     assert (code, out) == (2, "")
     assert err == f"almost-jax: {tmp_path / 'new'}: can't be written (No space left on device)\n"
     assert os.listdir(tmp_path) == ["theirs"]
+
+
+@pytest.mark.parametrize("name", ["import", "export"])
+def test_a_disk_without_room_is_known_beforehand(tmp_path: Path, capsys, monkeypatch, name: str):
+    model = make_model()
+    save_llama(tmp_path / "theirs", CONFIG, model.params, "float32", model.tokenizer)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
+    for free, code in ((size - 1, 2), (size, 0)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: shutil._ntuple_diskusage(free, 0, free))
+        found, _, err = command(capsys, name, tmp_path / "theirs", tmp_path / "new")
+        assert found == code and (tmp_path / "new").exists() == (code == 0)
+        assert code == 0 or (f"{tmp_path / 'new'}: no space left on device ({size:,} bytes" in err and len(err) < 300)
 
 
 def test_an_export_that_is_not_what_was_held_is_refused(tmp_path: Path, capsys, monkeypatch):
