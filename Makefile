@@ -33,7 +33,7 @@ types: env
 	$(BIN)/mypy
 
 bench: env
-	$(BIN)/python -m pytest -s tests/benchmarks
+	for file in tests/benchmarks/bench_*.py; do $(BIN)/python $$file || exit 1; done
 
 # Pretrains the three vanilla models of the micro-world anew and writes the weights that are shipped.
 microworld: env
