@@ -109,12 +109,17 @@ def test_plain_self_play_keeps_its_one_candidate_unscored() -> None:
     assert demonstrations.summarize(records)["mean_score_kept"] is None
 
 
+FILES = ("demonstrations.jsonl", "demonstrations_self_play.jsonl")
+
+
 @pytest.fixture
 def with_reward_model(make_run: Callable[..., Run]) -> Callable[[Path], Run]:
     def build(folder: Path) -> Run:
         run = make_run(folder)
         if not run.path("reward", "model").exists():
             reward.run_stage(run)
+        for file in FILES:
+            run.path(file).unlink()
         return run
 
     return build
@@ -127,8 +132,7 @@ def test_28_self_play_stopped_and_resumed_is_the_same_to_the_byte(
     queries = read_records(whole.path("queries.jsonl"))
     write_records(whole.path("evaluation_queries.jsonl"), [{"id": "e", "text": queries[1]["text"].upper()}])
     summary = demonstrations.run_stage(whole)
-    files = ("demonstrations.jsonl", "demonstrations_self_play.jsonl")
-    records = [read_records(whole.path(file)) for file in files]
+    records = [read_records(whole.path(file)) for file in FILES]
     # 10 queries without the one that is also an evaluation query, in the order of the file.
     expected = [query["id"] for query in queries if query["id"] != "q1"][:10]
     assert all([record["query_id"] for record in each] == expected for each in records)
@@ -144,25 +148,26 @@ def test_28_self_play_stopped_and_resumed_is_the_same_to_the_byte(
     ]
     assert first[0] != first[1]
 
-    # Stop in the middle of writing the second chunk (6 dialogues each).
+    # Stop in the middle of writing the second chunk (6 dialogues each), then again in the middle of plain self-play.
     write = demonstrations.RecordWriter.write
-    written: list[str] = []
-
-    def stopping(writer: Any, record: Any) -> None:
-        if len(written) == 8:
-            raise Stopped
-        written.append(record["query_id"])
-        write(writer, record)
-
     stopped = with_reward_model(tmp_path / "stopped")
     write_records(stopped.path("evaluation_queries.jsonl"), read_records(whole.path("evaluation_queries.jsonl")))
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(demonstrations.RecordWriter, "write", stopping)
-        demonstrations.run_stage(stopped)
-    assert not stopped.path("demonstrations.jsonl").exists()
-    again = demonstrations.run_stage(with_reward_model(tmp_path / "stopped"))
-    assert again == summary
-    for file in files:
+    for stop in (8, 5):
+        written: list[str] = []
+
+        def stopping(writer: Any, record: Any, written: list[str] = written, stop: int = stop) -> None:
+            if len(written) == stop:
+                raise Stopped
+            written.append(record["query_id"])
+            write(writer, record)
+
+        with monkeypatch.context() as patch, pytest.raises(Stopped):
+            patch.setattr(demonstrations.RecordWriter, "write", stopping)
+            demonstrations.run_stage(stopped)
+    # The first stop left 8 dialogues, after the second guided play was finished: what is done isn't written again.
+    assert written == expected[8:] + expected[:3]
+    assert demonstrations.run_stage(stopped) == summary
+    for file in FILES:
         assert whole.path(file).read_bytes() == stopped.path(file).read_bytes()
 
 

@@ -401,7 +401,7 @@ def test_divergence_names_the_step_and_the_last_good_checkpoint(
         return experience(judged.replace(scores=judged.scores * (np.nan if len(calls) == 3 else 1.0)), *rest)
 
     monkeypatch.setattr(rlsf, "experience", poisoned)
-    with pytest.raises(TrainingDiverged, match=r"rlsf: diverged at step 3: reward is nan.*good checkpoint is step 2"):
+    with pytest.raises(TrainingDiverged, match=r"rlsf: diverged at step 3: .*reward is nan.*good checkpoint is step 2"):
         rlsf.run_stage(run)
     assert Checkpoints(run.path("rlsf", "checkpoints"), 2).steps() == [2]
     assert json.loads(run.path("rlsf", "metrics.jsonl").read_text().splitlines()[-1])["step"] == 2
