@@ -8,29 +8,16 @@ Schulman et al. 2017; Ziegler et al. 2019; details after Huang et al., "The N Im
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import struct
-from jax import Array
 
-from almost_jax.config import PpoConfig
 from almost_jax.core.heads import add_head
-from almost_jax.core.llama import Params
-from almost_jax.core.losses import LossTerms, length_mask
+from almost_jax.core.losses import length_mask
 from almost_jax.core.partitioning import replicated
-from almost_jax.core.rl import policy_loss, ppo_loss, update_kl_coef, value_loss
-from almost_jax.core.train import (
-    TrainState,
-    accumulate_gradients,
-    apply_gradients,
-    learning_rate_schedule,
-    make_optimizer,
-)
 from almost_jax.errors import InputError
 from almost_jax.io.batches import batch_indices, epoch_order, pad
 from almost_jax.io.checkpoints import Checkpoints
@@ -42,7 +29,7 @@ from almost_jax.sampling.sampler import Samples, decode_layout, sample
 from almost_jax.stages.dialogues import prompt_tokens
 from almost_jax.stages.prompting import sampling_rules
 from almost_jax.stages.reward import load_reward_model
-from almost_jax.stages.rollouts import Experience, Players, experience, judge, response_logprobs, response_values
+from almost_jax.stages.rollouts import Players, experience, judge
 from almost_jax.stages.templates import LABELS
 from almost_jax.stages.training import (
     CHECKPOINTS_KEPT,
@@ -54,21 +41,18 @@ from almost_jax.stages.training import (
     place_batch,
     shardings_of,
 )
+from almost_jax.stages.updates import (
+    PpoState,
+    Update,
+    make_optimizers,
+    make_update,
+    next_kl_coef,
+    policy_learning_rate,
+)
 
 NAME = "rlsf"
 # Rollouts of a batch that are written to samples.jsonl.
 SAMPLES_SHOWN = 8
-
-Update: TypeAlias = Callable[["PpoState", Experience, Array | np.ndarray], tuple["PpoState", dict[str, Array]]]
-
-
-@struct.dataclass
-class PpoState:
-    """What a step reads and writes: policy and critic with their optimizers, and the KL coefficient, float32 scalar."""
-
-    policy: TrainState
-    critic: TrainState
-    kl_coef: Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,71 +186,6 @@ def ppo_step(
     return state, samples, {**figures, **{name: np.mean([own[name] for own in fetched]) for name in fetched[0]}}
 
 
-def make_update(
-    players: Players,
-    ppo: PpoConfig,
-    policy_optimizer: optax.GradientTransformation,
-    critic_optimizer: optax.GradientTransformation,
-    trains_policy: bool,
-    state_shardings: Any,
-) -> Update:
-    """A jitted update (state, experience, rows [M] int32 of the mini-batch) -> (state, figures); donates the state.
-
-    Without `trains_policy` only the critic is updated (`ppo.critic_warmup_steps`). The new state lies as
-    `state_shardings` say, which are the old one's, so that nothing is compiled twice.
-    """
-
-    def update(state: PpoState, learned: Experience, rows: Array) -> tuple[PpoState, dict[str, Array]]:
-        batch = {
-            field.name: getattr(learned, field.name)[rows] for field in dataclasses.fields(learned)
-        }
-        params = {"policy": state.policy.params, "critic": state.critic.params}
-
-        def loss_sums(params: Params, part: dict[str, Array]) -> LossTerms:
-            return ppo_loss_sums(params, part, players, ppo)
-
-        grads, figures = accumulate_gradients(loss_sums, params, batch, ppo.micro_batches)
-        figures["critic_grad_norm"] = optax.tree.norm(grads["critic"])
-        critic = apply_gradients(state.critic, grads["critic"], critic_optimizer)
-        policy = state.policy
-        if trains_policy:
-            figures["policy_grad_norm"] = optax.tree.norm(grads["policy"])
-            policy = apply_gradients(policy, grads["policy"], policy_optimizer)
-        return PpoState(policy, critic, state.kl_coef), figures
-
-    return jax.jit(update, donate_argnums=0, out_shardings=(state_shardings, None))
-
-
-def ppo_loss_sums(params: Params, batch: dict[str, Array], players: Players, ppo: PpoConfig) -> LossTerms:
-    """PPO's loss over a micro-batch.
-
-    Args:
-        params: {"policy": tree, "critic": tree with a head}.
-        batch: the fields of `Experience` by name.
-        players: the models' shapes.
-        ppo: clip ranges and weights of the terms.
-
-    Returns:
-        Sum of losses, number of unmasked tokens, metrics.
-    """
-    platform = jax.default_backend()
-    policy, policy_config = decode_layout(params["policy"], players.policy, platform)
-    critic, critic_config = decode_layout(params["critic"], players.critic, platform)
-    players = dataclasses.replace(players, policy=policy_config, critic=critic_config)
-    tokens, starts, responses = batch["tokens"], batch["prompt_lengths"], batch["responses"]
-    mask = length_mask(batch["lengths"], responses.shape[1])
-    logprobs, entropies = response_logprobs(policy, players.policy, tokens, starts, responses, players.temperature)
-    values = response_values(critic, players, tokens, starts, responses.shape[1])
-    return ppo_loss(
-        policy_loss(logprobs, batch["old_logprobs"], batch["advantages"], mask, ppo.cliprange),
-        value_loss(values, batch["old_values"], batch["returns"], mask, ppo.cliprange_value),
-        entropies,
-        mask,
-        ppo.vf_coef,
-        ppo.entropy_coef,
-    )
-
-
 def load_actors(run: Run) -> Actors:
     """Load SFT policy and reward model, and fix everything static.
 
@@ -332,25 +251,6 @@ def check_positions(actors: Actors, width: int) -> None:
             )
 
 
-def make_optimizers(ppo: PpoConfig) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
-    """Policy's and critic's optimizer: the same but for the learning rate and the policy's later start."""
-    per_step = ppo.num_ppo_epochs * ppo.num_mini_batches
-    critic = ppo.optimizer.model_copy(update={"learning_rate": ppo.value_learning_rate})
-    return (
-        make_optimizer(ppo.optimizer, max(ppo.steps - ppo.critic_warmup_steps, 1) * per_step),
-        make_optimizer(critic, ppo.steps * per_step),
-    )
-
-
-def policy_learning_rate(ppo: PpoConfig, step: int) -> float:
-    """The policy's learning rate at the first update of a step, counted from 1; 0 while only the critic is trained."""
-    if step <= ppo.critic_warmup_steps:
-        return 0.0
-    per_step = ppo.num_ppo_epochs * ppo.num_mini_batches
-    schedule = learning_rate_schedule(ppo.optimizer, max(ppo.steps - ppo.critic_warmup_steps, 1) * per_step)
-    return float(schedule((step - 1 - ppo.critic_warmup_steps) * per_step))
-
-
 def start_state(
     run: Run,
     actors: Actors,
@@ -371,15 +271,6 @@ def start_state(
         fresh_state(actors.sft.params, policy_optimizer, run.mesh),
         fresh_state(critic, critic_optimizer, run.mesh),
         jax.device_put(jnp.float32(run.config.ppo.kl_coef), replicated(run.mesh)),
-    )
-
-
-def next_kl_coef(kl_coef: Array, observed: float, ppo: PpoConfig) -> Array:
-    """The KL coefficient of the next step: the same, or the adaptive controller's."""
-    if ppo.kl_controller == "fixed":
-        return kl_coef
-    return jax.device_put(
-        update_kl_coef(kl_coef, observed, ppo.kl_target, ppo.kl_horizon, ppo.batch_size), kl_coef.sharding
     )
 
 

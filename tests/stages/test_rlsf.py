@@ -25,7 +25,7 @@ from almost_jax.io.records import read_records
 from almost_jax.io.run import Run
 from almost_jax.sampling.rules import SamplingRules
 from almost_jax.sampling.sampler import Samples, sample
-from almost_jax.stages import reward, rlsf, rollouts, sft
+from almost_jax.stages import reward, rlsf, rollouts, sft, updates
 from almost_jax.stages.rollouts import Players
 
 CONFIG = LlamaConfig(
@@ -88,7 +88,7 @@ def test_16_policy_equals_reference_gives_kl_0_and_first_ratio_1(temperature: fl
     learned, figures = rollouts.experience(judged, jnp.float32(0.13), players, PPO)
     assert abs(float(figures["kl"])) < 1e-5
     batch = {field.name: getattr(learned, field.name) for field in dataclasses.fields(learned)}
-    loss, (weight, metrics) = rlsf.ppo_loss_sums({"policy": policy, "critic": scored(5)}, batch, players, PPO)
+    loss, (weight, metrics) = updates.ppo_loss_sums({"policy": policy, "critic": scored(5)}, batch, players, PPO)
     ratio, tokens = metrics["ratio"]
     assert float(ratio / tokens) == pytest.approx(1.0, abs=1e-5)
     assert float(metrics["approx_kl"][0]) == pytest.approx(0.0, abs=1e-5)
@@ -185,7 +185,7 @@ def test_24_metrics_count_unmasked_tokens_only() -> None:
     assert float(figures["kl"]) == pytest.approx(0.1 * float(samples.lengths.sum()) / 8, abs=1e-4)
     assert all(bool(jnp.isfinite(value).all()) for value in figures.values())
     batch = {field.name: getattr(learned, field.name) for field in dataclasses.fields(learned)}
-    _, (_, metrics) = rlsf.ppo_loss_sums({"policy": policy, "critic": scored(5)}, batch, players, PPO)
+    _, (_, metrics) = updates.ppo_loss_sums({"policy": policy, "critic": scored(5)}, batch, players, PPO)
     _, entropies = rollouts.response_logprobs(
         policy, CONFIG, judged.tokens, judged.prompt_lengths, judged.responses, 0.7
     )
