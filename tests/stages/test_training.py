@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from almost_jax.config import MeshConfig, TrainingConfig
+from almost_jax.core.partitioning import replicated
 from almost_jax.core.train import Batch, TrainState, make_optimizer, make_train_step
 from almost_jax.errors import InputError, TrainingDiverged
 from almost_jax.io.batches import batch_indices
@@ -48,7 +49,8 @@ def batch_at(step: int) -> dict[str, np.ndarray]:
 
 def fit(run: Run, batches: Callable[[int], dict[str, np.ndarray]], evaluate: Any = None) -> TrainState:
     optimizer = make_optimizer(TRAINING.optimizer, TOTAL)
-    state = training.fresh_state({"kernel": jnp.ones((3,), jnp.float32)}, optimizer, run.mesh)
+    params = jax.device_put({"kernel": jnp.ones((3,), jnp.float32)}, replicated(run.mesh))
+    state = training.fresh_state(params, optimizer, run.mesh)
     step = make_train_step(line_sums, optimizer, TRAINING.micro_batches, training.shardings_of(state))
     fitted = training.fit(run, "line", state, step, batches, TOTAL, TRAINING, evaluate)
     assert step._cache_size() <= 1, "every step must go through one program"  # type: ignore[attr-defined]
