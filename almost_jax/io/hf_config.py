@@ -12,13 +12,39 @@ CAUSAL, CLASSIFIER = "LlamaForCausalLM", "LlamaForSequenceClassification"
 TYPES = {"llama": (CAUSAL, CLASSIFIER), "mistral": ("MistralForCausalLM", "MistralForSequenceClassification")}
 DTYPES = ("float32", "bfloat16", "float16")
 
-# What config.json may leave out, and what transformers' LlamaConfig then takes.
-DEFAULT_THETA, DEFAULT_EPS, DEFAULT_POSITIONS, DEFAULT_INIT = 10000.0, 1e-6, 2048, 0.02
-# Features that change the result and that our model lacks, with the values that mean "off".
+# Also written in the first conversions of LLaMA, before transformers had the class.
+ALIASES = {"LLaMAForCausalLM": CAUSAL}
+# Why other types of model, whose files look alike, can't be run as a LLaMA.
+REASONS = {
+    "mixtral": "its feed-forward is a mixture of experts",
+    "qwen2": "its attention has biases",
+    "qwen2_moe": "its feed-forward is a mixture of experts",
+    "qwen3": "its queries and keys are normalised",
+    "qwen3_moe": "its feed-forward is a mixture of experts",
+    "gemma": "its norms and activations are others",
+    "gemma2": "its norms and activations are others, and its window slides",
+    "gemma3_text": "its norms and activations are others, and its window slides",
+    "phi3": "its projections are fused",
+    "llama4": "its feed-forward is a mixture of experts",
+    "llama4_text": "its feed-forward is a mixture of experts",
+    "ministral": "its window slides",
+    "smollm3": "some of its layers have no rotary embeddings",
+    "granite": "it scales embeddings, attention and residuals",
+    "cohere": "its norms and its parallel layers are others",
+    "olmo2": "its norms stand behind the layers",
+    "gpt2": "another architecture",
+    "gpt_neox": "another architecture",
+    "opt": "another architecture",
+}
+
+# What config.json may leave out, and what transformers' LlamaConfig and MistralConfig then take.
+DEFAULT_THETA, DEFAULT_EPS, DEFAULT_INIT = 10000.0, 1e-6, 0.02
+DEFAULT_POSITIONS = {"llama": 2048, "mistral": 131072}
+MISTRAL_WINDOW, MISTRAL_KV_HEADS = 4096, 8
+# Features that change the result and that our model lacks: the values that mean "off", and what it lacks.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False, None),
     "mlp_bias": (False, None),
-    "sliding_window": (None,),
     "quantization_config": (None,),
     "num_experts": (None, 0),
     "num_local_experts": (None, 0),
@@ -39,8 +65,11 @@ def parse_config(fields: dict[str, Any], where: str) -> LlamaConfig:
     """
     is_classifier(fields, where)
     if fields["model_type"] == "mistral":
-        # What transformers takes where a Mistral's file is silent.
-        fields = {"sliding_window": 4096, "num_key_value_heads": 8, **fields}
+        # Only where the file is silent: null means none.
+        fields = {"sliding_window": MISTRAL_WINDOW, "num_key_value_heads": MISTRAL_KV_HEADS, **fields}
+    positions = _integer(fields, "max_position_embeddings", where, DEFAULT_POSITIONS[fields["model_type"]])
+    fields = {**fields, "max_position_embeddings": positions}
+    _check_window(fields, where)
     for key, off in UNSUPPORTED.items():
         # Numbers and flags are compared with their types: 1 isn't True here.
         if not any(fields.get(key) == value and type(fields.get(key)) is type(value) for value in off):
@@ -58,7 +87,7 @@ def parse_config(fields: dict[str, Any], where: str) -> LlamaConfig:
             rms_norm_eps=_number(fields, "rms_norm_eps", where, DEFAULT_EPS),
             rope=_parse_rope(fields, where),
             tie_embeddings=_flag(fields, "tie_word_embeddings", where),
-            max_position_embeddings=_integer(fields, "max_position_embeddings", where, DEFAULT_POSITIONS),
+            max_position_embeddings=positions,
             initializer_range=_number(fields, "initializer_range", where, DEFAULT_INIT),
         )
     except InputError:
@@ -77,9 +106,14 @@ def is_classifier(fields: dict[str, Any], where: str) -> bool:
     known = TYPES.get(model_type) if isinstance(model_type, str) else None
     if known is None:
         expected = " or ".join(map(repr, TYPES))
-        raise InputError(f"{where}: model_type {model_type!r} isn't supported; expected {expected}")
+        reason = REASONS.get(model_type) if isinstance(model_type, str) else None
+        raise InputError(
+            f"{where}: model_type {model_type!r} isn't supported{f' ({reason})' if reason else ''}; expected {expected}"
+        )
     if classes in (None, []):
         return False
+    if isinstance(classes, list):
+        classes = [ALIASES.get(name, name) if isinstance(name, str) else name for name in classes]
     if classes not in ([known[0]], [known[1]]):
         raise InputError(f"{where}: architectures {classes} isn't supported; expected ['{known[0]}'] or ['{known[1]}']")
     return bool(classes == [known[1]])
@@ -121,18 +155,33 @@ def render_config(config: LlamaConfig, dtype: str, reward: bool) -> dict[str, An
         "tie_word_embeddings": config.tie_embeddings,
         "attention_bias": False,
         "mlp_bias": False,
+        # By its old name and its new one.
         "torch_dtype": dtype,
+        "dtype": dtype,
     }
     return {**fields, "num_labels": 1} if reward else fields
 
 
+def _check_window(fields: dict[str, Any], where: str) -> None:
+    """Refuse a sliding window that some position within the model's reach would see."""
+    window, positions = fields.get("sliding_window"), fields["max_position_embeddings"]
+    if window is None:
+        return
+    if isinstance(window, bool) or not isinstance(window, int) or window < positions:
+        raise InputError(
+            f"{where}: sliding_window {window!r} isn't supported: it hides what max_position_embeddings {positions} "
+            "reach; expected null, or no less than these"
+        )
+
+
 def _parse_rope(fields: dict[str, Any], where: str) -> RopeConfig:
     nested: dict[str, Any] = {}
+    # As transformers has it: the old field, where it is set, replaces the new one as a whole.
     for field in ("rope_parameters", "rope_scaling"):
         given = fields.get(field) or {}
         if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
             raise InputError(f"{where}: {field} {given!r} isn't supported; expected one set for all layers")
-        nested.update(given)
+        nested = given or nested
     kind = nested.get("rope_type", nested.get("type", "default"))
     if kind not in ("default", "linear", "llama3"):
         raise InputError(f"{where}: rope type {kind!r} can't be run faithfully; known: default, linear, llama3")

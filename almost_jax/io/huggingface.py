@@ -26,6 +26,9 @@ from almost_jax.io.tokenizer import Tokenizer
 from almost_jax.io.weights import DTYPES, Leaf, model_leaves, read_params, theirs
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+EMBEDDING_NAME, HEAD_NAME = "model.embed_tokens.weight", "lm_head.weight"
+# Two matrices are compared so many rows at a time.
+_ROWS = 4096
 # A shard is put together in memory before it is written.
 SHARD_BYTES = 2_000_000_000
 # safetensors' names of dtypes; others are left as they are, and refused by name.
@@ -45,14 +48,14 @@ class SafetensorsSource:
             InputError: there are no safetensors files, or one is missing, cut or foreign.
         """
         self.where = str(folder)
-        self._tensors: dict[str, tuple[Path, tuple[int, ...], str]] = {}
+        self._tensors: dict[str, tuple[Path, str, tuple[int, ...], str]] = {}
         for path in _weight_files(Path(folder)):
             try:
                 with safe_open(str(path), framework="numpy") as file:
                     for name in file.keys():
                         part = file.get_slice(name)
                         shape, dtype = tuple(part.get_shape()), part.get_dtype()
-                        self._tensors[name] = path, shape, _DTYPES.get(dtype, dtype)
+                        self._tensors[name] = path, name, shape, _DTYPES.get(dtype, dtype)
             except (OSError, SafetensorError) as error:
                 raise InputError(f"{path}: can't be read as safetensors ({error})") from error
 
@@ -62,18 +65,22 @@ class SafetensorsSource:
 
     def describe(self, name: str) -> tuple[tuple[int, ...], str]:
         """A tensor's shape and dtype."""
-        _, shape, dtype = self._tensors[name]
+        _, _, shape, dtype = self._tensors[name]
         return shape, dtype
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """A part of a tensor."""
-        path = self._tensors[name][0]
+        path, stored, _, _ = self._tensors[name]
         try:
             with safe_open(str(path), framework="numpy") as file:
-                part: np.ndarray = file.get_slice(name)[index]
+                part: np.ndarray = file.get_slice(stored)[index]
                 return part
         except (OSError, SafetensorError) as error:
             raise InputError(f"{path}: tensor {name} can't be read ({error})") from error
+
+    def rename(self, name: str, new: str) -> None:
+        """Let a tensor go by another name."""
+        self._tensors[new] = self._tensors.pop(name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,13 +111,36 @@ def open_llama(folder: Path) -> Checkpoint:
     fields = read_json(path)
     config, reward = parse_config(fields, str(path)), is_classifier(fields, str(path))
     source = SafetensorsSource(Path(folder))
-    if reward and "lm_head.weight" not in source.names() and not config.tie_embeddings:
+    if config.tie_embeddings and not reward:
+        config = _untie_what_differs(config, source)
+    if reward and HEAD_NAME not in source.names() and not config.tie_embeddings:
         # Sequence classifiers carry no output matrix; tied embeddings are the tree without one.
         config = dataclasses.replace(config, tie_embeddings=True)
     mean, std = fields.get("reward_mean", 0.0), fields.get("reward_std", 1.0)
     if not all(isinstance(number, int | float) and math.isfinite(number) for number in (mean, std)) or std <= 0:
         raise InputError(f"{path}: reward_mean {mean!r} and reward_std {std!r}; expected finite numbers, std positive")
     return Checkpoint(config, reward, source, float(mean), float(std))
+
+
+def _untie_what_differs(config: LlamaConfig, source: SafetensorsSource) -> LlamaConfig:
+    """The config of a tied model, after a look at its tensors, as transformers (5 and later) takes them.
+
+    Of two matrices in the file the output's counts if it isn't the embedding; one alone serves as both.
+    """
+    names = set(source.names())
+    if HEAD_NAME not in names:
+        return config
+    if EMBEDDING_NAME not in names:
+        source.rename(HEAD_NAME, EMBEDDING_NAME)
+        return config
+    (shape, dtype), other = source.describe(EMBEDDING_NAME), source.describe(HEAD_NAME)
+    if (shape, dtype) == other and len(shape) == 2 and dtype in DTYPES:
+        blocks = [
+            (slice(first, min(first + _ROWS, shape[0])), slice(0, shape[1])) for first in range(0, shape[0], _ROWS)
+        ]
+        if all(np.array_equal(source.read(EMBEDDING_NAME, part), source.read(HEAD_NAME, part)) for part in blocks):
+            return config
+    return dataclasses.replace(config, tie_embeddings=False)
 
 
 def load_llama(folder: Path) -> tuple[LlamaConfig, Params]:

@@ -105,10 +105,25 @@ def load_tokenizer(path: Path) -> Tokenizer:
     except Exception as error:
         line = " ".join(str(error).split())[:300]
         raise InputError(f"{path}: the tokenizer can't be read ({type(error).__name__}: {line})") from error
+    if backend.eos_token_id is None:
+        _take_end(backend, path)
     try:
         return Tokenizer(backend)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
+
+
+def _take_end(backend: Any, folder: Path) -> None:
+    """Take the end of text from the model's files where the tokenizer's own name none."""
+    for name in ("generation_config.json", "config.json"):
+        try:
+            ends = json.loads((folder / name).read_bytes()).get("eos_token_id")
+        except (OSError, ValueError, AttributeError):
+            continue
+        first = ends[0] if isinstance(ends, list) and ends else ends
+        if isinstance(first, int) and 0 <= first < len(backend):
+            backend.eos_token = backend.convert_ids_to_tokens(first)
+            return
 
 
 def _fingerprint(backend: Any) -> str:

@@ -2,7 +2,7 @@
 
 Their linear layers hold [out, in]; ours hold the axes that the model contracts, so a matrix is transposed and its head
 axes are split. Nothing else changes. Every device's part of a parameter is read on its own, and parameters come one
-after the other: beyond the parameters themselves, reading needs the memory of one tensor.
+after the other, in blocks of rows: beyond the parameters themselves, reading needs the memory of one block.
 """
 
 import dataclasses
@@ -20,6 +20,8 @@ from almost_jax.core.llama import LlamaConfig, Params
 from almost_jax.errors import InputError
 
 DTYPES = ("float32", "bfloat16", "float16")
+# A tensor is read in blocks of rows of about so many bytes, so that the largest one needs no second copy.
+BLOCK_BYTES = 128 * 2**20
 # The CPU backend takes over NumPy buffers that begin at a multiple of it, without a copy.
 ALIGNMENT = 64
 
@@ -176,11 +178,27 @@ def _read_part(
     """The part `index` of our leaf of the given shape, in a buffer of its own."""
     part = _aligned(tuple(axis.stop - axis.start for axis in index), dtype)
     if not leaf.layered:
-        part[...] = _ours(leaf, source, leaf.name, index)
+        _fill(part, leaf, source, leaf.name, index)
         return part
     for place, layer in enumerate(range(index[0].start, index[0].stop)):
-        part[place] = _ours(leaf, source, leaf.tensor(layer), index[1:])
+        _fill(part[place], leaf, source, leaf.tensor(layer), index[1:])
     return part
+
+
+def _fill(part: np.ndarray, leaf: Leaf, source: Source, name: str, index: tuple[slice, ...]) -> None:
+    """Read a part of one tensor into a buffer, some of the file's rows after the other."""
+    # The axis of ours that the file's rows begin with; the scalar head's tensor has only one row.
+    axis = leaf.contracted
+    if axis == len(index):
+        part[...] = _ours(leaf, source, name, index)
+        return
+    start, stop = index[axis].start, index[axis].stop
+    row_bytes = 4 * part.size // max(stop - start, 1)
+    step = max(BLOCK_BYTES // max(row_bytes, 1), 1)
+    for first in range(start, stop, step):
+        last = min(first + step, stop)
+        place = (slice(None),) * axis + (slice(first - start, last - start),)
+        part[place] = _ours(leaf, source, name, (*index[:axis], slice(first, last), *index[axis + 1 :]))
 
 
 def _ours(leaf: Leaf, source: Source, name: str, index: tuple[slice, ...]) -> np.ndarray:

@@ -172,6 +172,19 @@ SCALED = {"factor": 3, "low_freq_factor": 1.5, "high_freq_factor": 5.0, "origina
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.5}}, dataclasses.replace(LINEAR, theta=10000.0)),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.5, "rope_theta": 77.5}}, LINEAR),
         ({"rope_parameters": {"rope_type": "linear", "factor": 2.5}, "rope_theta": 77.5}, LINEAR),
+        # The old field, where it is set, replaces the new one as a whole.
+        (
+            {
+                "rope_scaling": {"rope_type": "linear", "factor": 2.5},
+                "rope_parameters": {"rope_type": "default", "rope_theta": 9.0},
+                "rope_theta": 77.5,
+            },
+            LINEAR,
+        ),
+        (
+            {"rope_scaling": {"type": "llama3", **SCALED, "original_max_position_embeddings": None}},
+            RopeConfig(10000.0, "llama3", 3.0, 1.5, 5.0, 2048),
+        ),
         ({"rope_theta": 1234.0, "rope_scaling": {"rope_type": "llama3", **SCALED}}, LLAMA3),
         ({"rope_parameters": {"rope_theta": 1234, "rope_type": "llama3", **SCALED}}, LLAMA3),
         (
@@ -193,14 +206,20 @@ def test_both_ways_to_write_rope_are_read(fields: dict, rope: RopeConfig):
     [
         ({"model_type": "qwen2"}, "model_type 'qwen2'"),
         ({"model_type": ["llama"]}, "model_type ['llama']"),
-        ({"model_type": "mistral"}, "sliding_window 4096"),
+        (
+            {"model_type": "mistral"},
+            "sliding_window 4096 isn't supported: it hides what max_position_embeddings 131072",
+        ),
+        ({"model_type": "mixtral"}, "model_type 'mixtral' isn't supported (its feed-forward is a mixture of experts)"),
+        ({"model_type": "qwen2"}, "(its attention has biases)"),
+        ({"sliding_window": 2047}, "sliding_window 2047"),
+        ({"sliding_window": True}, "sliding_window True"),
         ({"model_type": "mistral", "sliding_window": None}, "num_heads 6 must be a multiple of num_kv_heads 8"),
         ({"model_type": "mistral", "architectures": ["LlamaForCausalLM"]}, "['LlamaForCausalLM']"),
         ({"model_type": None}, "model_type None"),
         ({"architectures": ["LlamaForQuestionAnswering"]}, "LlamaForQuestionAnswering"),
         ({"attention_bias": True}, "attention_bias True"),
         ({"mlp_bias": True}, "mlp_bias True"),
-        ({"sliding_window": 4096}, "sliding_window 4096"),
         ({"num_local_experts": 8}, "num_local_experts 8"),
         ({"num_experts": 4}, "num_experts 4"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
@@ -231,8 +250,28 @@ def test_what_cannot_be_run_faithfully_is_refused_by_name(fields: dict, said: st
 
 def test_a_mistral_without_its_window_is_a_llama():
     mistral = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
-    given = {"num_key_value_heads": 2}
+    given = {"num_key_value_heads": 2, "max_position_embeddings": 99}
     assert parse_config({**REQUIRED, **given, **mistral}, "config.json") == parse_config({**REQUIRED, **given}, "x")
+
+
+def test_a_window_that_hides_nothing_is_none():
+    for window in (2048, 4096):
+        assert parse_config({**REQUIRED, "sliding_window": window}, "x") == parse_config(REQUIRED, "x")
+
+
+def test_a_tied_model_with_both_matrices_is_what_transformers_makes_of_it(tmp_path: Path):
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    save_llama(tmp_path, BASE, random_params(BASE, 15), "float32")
+    fields = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**fields, "tie_word_embeddings": True}))
+    config, params = load_llama(tmp_path)
+    assert not config.tie_embeddings
+    same_bytes(params, random_params(BASE, 15))
+    edit(tmp_path, lambda tensors: tensors.update({head: tensors[embedding].copy()}))
+    tied, params = load_llama(tmp_path)
+    assert tied.tie_embeddings and "lm_head" not in params
+    edit(tmp_path, lambda tensors: tensors.pop(embedding))
+    same_bytes(load_llama(tmp_path)[1], params)
 
 
 def test_parts_lie_on_their_devices_and_are_the_same_model(tmp_path: Path):
