@@ -31,8 +31,9 @@ def to_stderr(line: str) -> None:
 
 def save_tree(folder: Path, tree: Any) -> None:
     """Write a tree of arrays, on any shardings, to a folder that doesn't exist yet; returns when all is written."""
-    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-        checkpointer.save(Path(folder).absolute(), args=ocp.args.StandardSave(tree))
+    # Compressing weights saves little on disk, and takes their size in memory once more.
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_compression=False)) as checkpointer:
+        checkpointer.save(Path(folder).absolute(), args=ocp.args.PyTreeSave(tree))
 
 
 def restore_tree(folder: Path, expected: Any) -> Any:
