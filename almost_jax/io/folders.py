@@ -3,11 +3,13 @@
 import errno
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from almost_jax.errors import InputError
 
+# What files take beside their content: blocks that are not full, indices, metadata.
+SPARE_BYTES = 2**20
 # How libraries that wrap the system's error in their own say it.
 _FULL = ("No space left on device", "os error 28", "RESOURCE_EXHAUSTED")
 
@@ -20,7 +22,7 @@ def whole_folder(directory: Path, size: int) -> Iterator[Path]:
 
     Args:
         directory: of that name.
-        size: bytes that must be free for it: a library that fills up a disk says so in a hundred lines.
+        size: bytes of content that it must have room for; see `check_room`.
 
     Yields:
         The temporary folder, empty.
@@ -30,22 +32,46 @@ def whole_folder(directory: Path, size: int) -> Iterator[Path]:
     """
     directory = Path(directory).absolute()
     temporary = directory.with_name(f".{directory.name}.saving")
+    made = _missing_parents(directory)
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        free = shutil.disk_usage(temporary).free
-        if free < size:
-            raise InputError(f"{directory}: no space left on device ({size:,} bytes are needed, {free:,} are free)")
+        check_room(directory, size)
         yield temporary
         shutil.rmtree(directory, ignore_errors=True)
         temporary.rename(directory)
     # BaseException: an interrupt must not leave a part behind either.
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        for parent in made:
+            # One that something else has filled meanwhile stays.
+            with suppress(OSError):
+                parent.rmdir()
         reason = _cause(error)
         if reason is None:
             raise
         raise InputError(f"{directory}: can't be written ({reason})") from error
+
+
+def check_room(directory: Path, size: int) -> None:
+    """See that a disk has room for so many bytes and some more: a library that fills one up says so in a hundred lines.
+
+    Args:
+        directory: a folder's name; it need not exist, but the folder that it lies in must.
+        size: of the content, in bytes.
+
+    Raises:
+        InputError: there is too little room.
+    """
+    needed = size + size // 1000 + SPARE_BYTES
+    free = shutil.disk_usage(directory.parent).free
+    if free < needed:
+        raise InputError(f"{directory}: no space left on device ({needed:,} bytes are needed, {free:,} are free)")
+
+
+def _missing_parents(directory: Path) -> list[Path]:
+    """The folders above it that don't exist, the innermost first."""
+    return [parent for parent in directory.parents if not parent.exists()]
 
 
 def _cause(error: BaseException) -> str | None:

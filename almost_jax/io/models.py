@@ -21,7 +21,7 @@ from almost_jax.core.llama import LlamaConfig, Params, RopeConfig, abstract_para
 from almost_jax.core.partitioning import shardings
 from almost_jax.errors import InputError
 from almost_jax.io.checkpoints import find_damage, restore_tree, save_tree, seal
-from almost_jax.io.folders import whole_folder
+from almost_jax.io.folders import check_room, whole_folder
 from almost_jax.io.gguf import GGUF, load_gguf_tokenizer, open_gguf
 from almost_jax.io.huggingface import open_llama
 from almost_jax.io.tokenizer import Tokenizer, load_tokenizer
@@ -121,12 +121,13 @@ def save_model(directory: Path, model: Model, beside: Mapping[str, bytes] | None
     }
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
     with whole_folder(directory, size) as temporary:
-        save_tree(temporary / "params", model.params)
-        seal(temporary / "params")
         model.tokenizer.save(temporary)
         for name, data in (beside or {}).items():
             (temporary / name).write_bytes(data)
         (temporary / CARD).write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        check_room(Path(directory).absolute(), size)
+        save_tree(temporary / "params", model.params)
+        seal(temporary / "params")
 
 
 def _find(source: str) -> Path:

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from almost_jax import cli
 from almost_jax.core.llama import LlamaConfig, RopeConfig, abstract_params
 from almost_jax.folder import NEEDED, write_status
-from almost_jax.io import transfer
+from almost_jax.io import folders, transfer
 from almost_jax.io.huggingface import load_llama, save_llama
 from almost_jax.io.models import Model, read_model, save_model
 from almost_jax.io.tokenizer import Tokenizer
@@ -173,9 +173,9 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path: Path, capsys, monk
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Tokenizer, "save", full)
-    code, out, err = command(capsys, name, tmp_path / "theirs", tmp_path / "new")
+    code, out, err = command(capsys, name, tmp_path / "theirs", tmp_path / "deep/in/new")
     assert (code, out) == (2, "")
-    assert err == f"almost-jax: {tmp_path / 'new'}: can't be written (No space left on device)\n"
+    assert err == f"almost-jax: {tmp_path / 'deep/in/new'}: can't be written (No space left on device)\n"
     assert os.listdir(tmp_path) == ["theirs"]
 
 
@@ -184,6 +184,7 @@ def test_a_disk_without_room_is_known_beforehand(tmp_path: Path, capsys, monkeyp
     model = make_model()
     save_llama(tmp_path / "theirs", CONFIG, model.params, "float32", model.tokenizer)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
+    size += size // 1000 + folders.SPARE_BYTES
     for free, code in ((size - 1, 2), (size, 0)):
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: shutil._ntuple_diskusage(free, 0, free))
         found, _, err = command(capsys, name, tmp_path / "theirs", tmp_path / "new")
