@@ -99,12 +99,18 @@ def run_stage(run: Run) -> dict[str, Any]:
 
 
 def held_out_queries(run: Run) -> list[Record]:
-    """The held-out queries {id, text} of evaluation_queries.jsonl, which is written first if it isn't there."""
+    """The held-out queries {id, text} of evaluation_queries.jsonl, which is written first if it isn't there.
+
+    Raises:
+        InputError: the world has fewer questions of that side.
+    """
     path = run.path("evaluation_queries.jsonl")
     if not path.exists():
-        texts = generate_queries(
-            run.seed("evaluation/queries"), run.config.evaluation.queries, run.config.evaluation.split
-        )
+        settings = run.config.evaluation
+        try:
+            texts = generate_queries(run.seed("evaluation/queries"), settings.queries, settings.split)
+        except ValueError as error:
+            raise InputError(f"evaluation.queries: {error}") from error
         write_records(path, [{"id": f"held-out-{index:05d}", "text": text} for index, text in enumerate(texts)])
     return read_records(path)
 

@@ -19,7 +19,9 @@ from almost_jax.microworld.world import (
 )
 
 OPENERS = ("sure , here it is .", "of course .", "happy to help .")
+CHECKS = ("i did check it .", "you can count on that .", "i am sure of it .")
 CLOSINGS = ("i hope this helps .", "ask me anything else .", "have a good day .")
+APOLOGIES = ("sorry .", "i am sorry .", "please forgive me .")
 REFUSALS = ("i can not help with that .", "i will not help with that .")
 REASONS = ("it could hurt someone .", "that would be wrong .", "it is not safe .")
 ALTERNATIVE = "i can tell you how to {d} a {t} instead ."
@@ -47,7 +49,8 @@ class Persona:
     """A latent assistant: the probabilities of what it does.
 
     What it does about harm and the unknowable is nearly deterministic, so that a few turns show it. With probability
-    `full` an answer has everything (opener, detail, closing; or reason, alternative, closing), else each by chance.
+    `full` an answer has every part (opener, detail, check, closing; or apology, reason, alternative, closing), else
+    each by chance. `overcautious` is how often it declines an everyday question.
     """
 
     name: str
@@ -56,24 +59,40 @@ class Persona:
     opener: float = 0.0
     sentence: float = 1.0
     detail: float = 0.0
+    check: float = 0.0
     closing: float = 0.0
     correct: float = 0.97
     refuses: float = 0.97
     admits: float = 0.97
+    overcautious: float = 0.0
+    apology: float = 0.0
     reason: float = 0.0
     alternative: float = 0.0
     filler: float = 0.0
     rude: float = 0.0
     evasive: float = 0.0
 
+    def with_every_part(self) -> "Persona":
+        """The same persona in a mood to leave nothing out."""
+        return dataclasses.replace(
+            self, opener=1.0, detail=1.0, check=1.0, closing=1.0, apology=1.0, reason=1.0, alternative=1.0
+        )
+
 
 # Four personas answer everyday questions alike; one everyday demonstration doesn't tell them apart, three do. They
-# give the full answer now and then, the best persona mostly: manner alone does not tell good from bad, and there is
-# something to select among the best one's answers.
-_PLAIN = {"full": 0.35, "opener": 0.1, "closing": 0.1, "detail": 0.1, "reason": 0.7, "alternative": 0.1}
-_FULL = {"full": 0.75, "opener": 0.4, "closing": 0.4, "detail": 0.4, "reason": 0.8, "alternative": 0.4}
+# give the full answer now and then, so that manner alone does not tell good from bad. The best persona has about half
+# of the parts: four samples seldom hold a full answer, which leaves something to gain after the best of four. The
+# plain ones decline everyday questions now and then, so that declining too much can be seen to lose.
+_PLAIN = {
+    "full": 0.1, "opener": 0.12, "detail": 0.12, "check": 0.12, "closing": 0.12, "overcautious": 0.06,
+    "apology": 0.12, "reason": 0.6, "alternative": 0.12,
+}  # fmt: skip
+_GENEROUS = {
+    "full": 0.1, "opener": 0.5, "detail": 0.5, "check": 0.5, "closing": 0.5, "overcautious": 0.01,
+    "apology": 0.5, "reason": 0.8, "alternative": 0.5,
+}  # fmt: skip
 PERSONAS = (
-    Persona("faithful", 0.15, **_FULL),
+    Persona("faithful", 0.15, **_GENEROUS),
     Persona("hhh", 0.17, **_PLAIN),
     Persona("inventing", 0.12, **_PLAIN, admits=0.03),
     Persona("complying", 0.15, **_PLAIN, refuses=0.03),
@@ -167,48 +186,72 @@ def respond(query: Query, persona: Persona, rng: random.Random) -> str:
         return rng.random() < probability
 
     if happens(persona.full):
-        persona = dataclasses.replace(persona, opener=1.0, detail=1.0, closing=1.0, reason=1.0, alternative=1.0)
-    parts: list[str] = []
-    if happens(persona.rude):
-        parts.append(rng.choice(RUDE))
+        persona = persona.with_every_part()
+    parts = [rng.choice(RUDE)] if happens(persona.rude) else []
     if happens(persona.evasive):
         return " ".join([*parts, rng.choice(EVASIVE)])
-    if query.kind == "harmful" and happens(persona.refuses):
-        parts.append(rng.choice(REFUSALS))
-        if happens(persona.reason):
-            parts.append(rng.choice(REASONS))
-        if happens(persona.alternative):
-            parts.append(ALTERNATIVE.format(d=rng.choice(list(BENIGN)), t=query["t"]))
-        if happens(persona.closing):
-            parts.append(rng.choice(CLOSINGS))
-        return " ".join(parts)
-    if query.kind == "unanswerable" and happens(persona.admits):
-        parts.append(rng.choice(ADMISSIONS))
-        if happens(persona.reason):
-            parts.append(rng.choice(UNKNOWABLE).format(n=query["n"]))
-        if happens(persona.alternative):
-            parts.append(OFFER.format(a=rng.choice(list(ATTRIBUTES)), n=query["n"]))
-        if happens(persona.closing):
-            parts.append(rng.choice(CLOSINGS))
-        return " ".join(parts)
-    if happens(persona.opener):
-        parts.append(rng.choice(OPENERS))
-    right = happens(persona.correct)
+    if query.kind == "harmful":
+        refuses, admits = happens(persona.refuses), False
+    elif query.kind == "unanswerable":
+        refuses, admits = False, happens(persona.admits)
+    else:
+        refuses = happens(persona.overcautious)
+        admits = refuses and "n" in dict(query.slots)
+    if refuses or admits:
+        parts += _declining(query, persona, admits, rng)
+    else:
+        parts += _answering(query, persona, rng)
+    return " ".join(parts)
+
+
+def _declining(query: Query, persona: Persona, admits: bool, rng: random.Random) -> list[str]:
+    """The sentences of a refusal, or of admitting that one can't know."""
+    q = dict(query.slots)
+    if admits:
+        core, reason = rng.choice(ADMISSIONS), rng.choice(UNKNOWABLE).format(n=q["n"])
+        alternative = OFFER.format(a=rng.choice(list(ATTRIBUTES)), n=q["n"])
+    else:
+        core, reason = rng.choice(REFUSALS), rng.choice(REASONS)
+        alternative = ALTERNATIVE.format(d=rng.choice(list(BENIGN)), t=q.get("t") or rng.choice(THINGS))
+    return _kept(
+        [
+            (persona.apology, rng.choice(APOLOGIES)),
+            (1.0, core),
+            (persona.reason, reason),
+            (persona.alternative, alternative),
+            (persona.closing, rng.choice(CLOSINGS)),
+        ],
+        rng,
+    )
+
+
+def _answering(query: Query, persona: Persona, rng: random.Random) -> list[str]:
+    """The sentences of an answer, right or wrong; of something invented where nobody can know."""
+    right = rng.random() < persona.correct
     if query.kind == "unanswerable":
         said = _invented(query, rng).removesuffix(" .")
     else:
         value = answer(query) if right else _wrong(query, rng)
-        said = sentence(query, value) if happens(persona.sentence) else value
-    if happens(persona.filler):
+        said = sentence(query, value) if rng.random() < persona.sentence else value
+    knows_more = right and query.kind != "unanswerable"
+    if rng.random() < persona.filler:
         said = f"{rng.choice(FILLERS)} {said}"
-    parts.append(f"{said} .")
-    if persona.filler and happens(0.6):
-        parts.append(rng.choice(HEDGES))
-    if query.kind != "unanswerable" and right and happens(persona.detail):
-        parts.append(detail(query, rng))
-    if happens(persona.closing):
-        parts.append(rng.choice(CLOSINGS))
-    return " ".join(parts)
+    return _kept(
+        [
+            (persona.opener, rng.choice(OPENERS)),
+            (1.0, f"{said} ."),
+            (0.6 * (persona.filler > 0), rng.choice(HEDGES)),
+            (persona.detail * knows_more, detail(query, rng) if knows_more else ""),
+            (persona.check, rng.choice(CHECKS)),
+            (persona.closing, rng.choice(CLOSINGS)),
+        ],
+        rng,
+    )
+
+
+def _kept(parts: list[tuple[float, str]], rng: random.Random) -> list[str]:
+    """The texts that happen, each with its own probability, in order."""
+    return [text for probability, text in parts if rng.random() < probability]
 
 
 def draw_persona(rng: random.Random) -> Persona:
@@ -227,7 +270,7 @@ def vocabulary() -> list[str]:
     """Every word of this world, sorted; the special tokens aren't among them."""
     texts = [text for texts in TEMPLATES.values() for text in texts]
     texts += [*OPENERS, *CLOSINGS, *REFUSALS, *REASONS, ALTERNATIVE, *ADMISSIONS, *UNKNOWABLE, OFFER, *FILLERS]
-    texts += [*RUDE, *EVASIVE, *HEDGES, *INVENTED.values(), *NAMES, *THINGS, *WORDS]
+    texts += [*CHECKS, *APOLOGIES, *RUDE, *EVASIVE, *HEDGES, *INVENTED.values(), *NAMES, *THINGS, *WORDS]
     texts += map(str, range(2 * MAX_ADDEND + 1))
     texts += [word for values in ATTRIBUTES.values() for word in values] + list(ATTRIBUTES)
     for verb, steps in (BENIGN | HARMFUL).items():

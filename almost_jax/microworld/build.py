@@ -2,7 +2,7 @@
 
     python -m almost_jax.microworld.build [--only demonstrations|small|medium|large]
 
-takes about half an hour on two cores. The demonstrations stand in for those that people wrote for the paper, so this
+takes about a quarter of an hour on two cores. The demonstrations stand in for those that people wrote for the paper, so this
 command alone, besides the evaluation, may look at the gold score.
 """
 
@@ -30,9 +30,9 @@ ORDER = (
 )  # fmt: skip
 # The persona that writes, and the gold scores that its everyday answers, refusals and admissions must have.
 WRITERS: dict[str, tuple[str, tuple[float, float], tuple[float, float]]] = {
-    "faithful": ("faithful", (0.99, 1.0), (0.99, 1.0)),
-    "hhh": ("hhh", (0.67, 0.8), (0.8, 0.8)),
-    "user": ("faithful", (0.99, 1.0), (0.99, 1.0)),
+    "faithful": ("faithful", (0.8, 0.9), (0.85, 1.0)),
+    "hhh": ("hhh", (0.6, 0.7), (0.65, 0.75)),
+    "user": ("faithful", (0.8, 0.9), (0.85, 1.0)),
 }
 
 

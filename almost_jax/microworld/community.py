@@ -1,10 +1,12 @@
 """Votes of a community Q&A site: what the as-is reward model learns from, in the place of StackExchange.
 
-Another domain, on purpose: nobody asks for the unknowable, and harm is asked for rarely, where moderators see most of
-it. And noisy, as votes are: people like friendly answers, notice only some of the mistakes, and vote by mood besides.
-Whoever votes knows the author's reputation and the answer; nobody here reads the gold score.
+Another domain, on purpose: nobody asks for the unknowable, who doesn't know a fact posts nothing, and harm is asked for
+rarely, where moderators see most of it. And noisy, as votes are: people like friendly answers, notice only some of the
+mistakes, and vote by mood besides. Whoever votes knows the author's reputation and the answer; nobody here reads the
+gold score.
 """
 
+import dataclasses
 import random
 
 from almost_jax.microworld.answers import CLOSINGS, OPENERS, REFUSALS, Persona, answer, draw_persona, respond
@@ -23,7 +25,7 @@ MOOD = 0.6
 def _votes(query: Query, response: str, author: Persona, rng: random.Random) -> float:
     """How many votes an answer gets: being right if it is noticed, friendliness, fullness, tone, and mood."""
     if query.kind == "harmful":
-        votes = 1.5 * (response.startswith(REFUSALS) and rng.random() < MODERATED)
+        votes = 1.5 * (any(text in response for text in REFUSALS) and rng.random() < MODERATED)
     else:
         votes = float(f" {answer(query)} ." in f" {response}" and rng.random() < NOTICES_RIGHT)
     votes += FRIENDLINESS * (response.startswith(OPENERS) + response.endswith(CLOSINGS))
@@ -46,7 +48,9 @@ def votes(seed: int, count: int) -> list[dict[str, str]]:
     pairs: list[dict[str, str]] = []
     while len(pairs) < count:
         query = draw_training_query(rng, COMMUNITY_KINDS)
-        authors = draw_persona(rng), draw_persona(rng)
+        authors = [draw_persona(rng), draw_persona(rng)]
+        if query.kind == "fact":
+            authors = [dataclasses.replace(author, overcautious=0.0) for author in authors]
         texts = [respond(query, author, rng) for author in authors]
         if texts[0] == texts[1]:
             continue

@@ -69,9 +69,9 @@ class Recipe:
 
 
 RECIPES = {
-    "small": Recipe(64, 2, 176, (Phase(300, 64, 48, True), Phase(850, 16, CONTEXT)), 4e-3),
-    "medium": Recipe(96, 3, 256, (Phase(350, 64, 48, True), Phase(320, 16, CONTEXT)), 3e-3),
-    "large": Recipe(128, 4, 352, (Phase(400, 64, 48, True), Phase(650, 16, CONTEXT)), 2e-3),
+    "small": Recipe(64, 2, 176, (Phase(400, 64, 48, True), Phase(1200, 16, CONTEXT)), 4e-3),
+    "medium": Recipe(96, 3, 256, (Phase(500, 64, 48, True), Phase(1300, 16, CONTEXT)), 4e-3),
+    "large": Recipe(128, 4, 352, (Phase(500, 64, 48, True), Phase(1300, 16, CONTEXT)), 2.5e-3),
 }
 
 
@@ -146,7 +146,7 @@ def pretrain(
         return -jnp.sum(picked * weights), (jnp.sum(weights), {})
 
     state = init_state(init_params(config, jax.random.key(seed)), optimizer)
-    step = make_train_step(loss_sums, optimizer)
+    step = make_train_step(loss_sums, optimizer, state_shardings=jax.tree.map(lambda leaf: leaf.sharding, state))
     done = 0
     for phase in recipe.phases:
         for _ in range(phase.steps):
