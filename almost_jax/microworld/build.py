@@ -2,8 +2,8 @@
 
     python -m almost_jax.microworld.build [--only demonstrations|small|medium|large]
 
-takes about a quarter of an hour on two cores. The demonstrations stand in for those that people wrote for the paper, so this
-command alone, besides the evaluation, may look at the gold score.
+takes about a quarter of an hour on two cores. The demonstrations stand in for those that people wrote for the paper, so
+this command alone, besides the evaluation, may look at the gold score.
 """
 
 import argparse
