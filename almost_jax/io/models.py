@@ -216,7 +216,18 @@ def _abstract(config: LlamaConfig, kind: str) -> Params:
 
 def _placement(config: LlamaConfig, kind: str, mesh: Mesh) -> Any:
     axes = logical_axes(config)
-    return shardings({**axes, **head_axes()} if kind == "reward" else axes, mesh)
+    placement = shardings({**axes, **head_axes()} if kind == "reward" else axes, mesh)
+    for (path, leaf), where in zip(
+        jax.tree_util.tree_leaves_with_path(_abstract(config, kind)), jax.tree.leaves(placement), strict=True
+    ):
+        for size, axis in zip(leaf.shape, where.spec, strict=False):
+            if axis is not None and size % mesh.shape[axis]:
+                name = jax.tree_util.keystr(path, simple=True, separator="/")
+                raise InputError(
+                    f"mesh: {axis} {mesh.shape[axis]} can't split {name} of shape {leaf.shape}; "
+                    f"expected a divisor of {size}"
+                )
+    return placement
 
 
 def _cast(params: Params, dtype: str) -> Params:

@@ -4,7 +4,7 @@ import copy
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,14 +57,44 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens left out, whitespace at both ends stripped."""
+        return self.decode_exactly(ids).strip()
+
+    def decode_exactly(self, ids: Sequence[int]) -> str:
+        """The text of ids, special tokens left out, with the whitespace at its ends."""
         plain = [int(token) for token in ids]
         text: str = self._backend.decode(plain, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        return text.strip()
+        return text
 
     def single_token(self, text: str) -> int | None:
         """The id of a text that is exactly one known token, else None."""
         ids = self.encode(text)
         return ids[0] if len(ids) == 1 and ids[0] != self._backend.unk_token_id else None
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the tokenizer says how a dialogue is written."""
+        return bool(self._backend.chat_template)
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """The ids of a dialogue by the tokenizer's own template, up to where the assistant's next turn begins.
+
+        Args:
+            messages: {"role": "system", "user" or "assistant", "content": text}, one after the other.
+
+        Raises:
+            InputError: there is no template, or it refuses the dialogue (one that knows no system turn, say).
+        """
+        if not self.has_chat_template:
+            raise InputError("the tokenizer has no chat template")
+        try:
+            ids: list[int] = self._backend.apply_chat_template(
+                [dict(message) for message in messages], add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+        # A template is a program of its author's.
+        except Exception as error:
+            line = " ".join(str(error).split())[:200]
+            raise InputError(f"the tokenizer's chat template fails ({type(error).__name__}: {line})") from error
+        return [int(token) for token in ids]
 
     def with_chat_template(self, template: str) -> "Tokenizer":
         """The same tokenizer; it has this chat template unless it had one before."""

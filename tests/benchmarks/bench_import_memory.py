@@ -2,9 +2,9 @@
 
     .venv/bin/python tests/benchmarks/bench_import_memory.py [--gigabytes 2] [--dtype float32]
 
-The shape is that of a real model (a wide vocabulary, layers of several hundred megabytes when --gigabytes is large); the
-numbers are random, in bfloat16. Import runs in a process of its own, whose largest resident set the system reports; what
-is mapped from files counts. Prints one JSON object; `over_parameters_gb` must stay below 2.
+The shape is that of a real model (a wide vocabulary; large layers with --gigabytes), the numbers are random, in
+bfloat16. Import runs in a process of its own, whose largest resident set the system reports, with what is mapped from
+files. Prints one JSON object; `over_parameters_gb` must stay below 2.
 """
 
 import argparse

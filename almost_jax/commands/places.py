@@ -1,0 +1,55 @@
+"""Where commands run models: a mesh over the devices of this machine."""
+
+from typing import Annotated
+
+import jax
+import typer
+from jax.sharding import Mesh
+
+from almost_jax.config import MeshConfig
+from almost_jax.core.partitioning import MESH_AXES, make_mesh
+from almost_jax.errors import InputError
+
+MeshOption = Annotated[
+    str | None,
+    typer.Option("--mesh", help="Devices along the mesh's axes, as in fsdp=4,tensor=2; -1 takes what is left."),
+]
+DtypeOption = Annotated[str, typer.Option("--dtype", help="To compute in: float32, bfloat16 or float16.")]
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def check_dtype(dtype: str) -> None:
+    """Refuse a dtype to compute in that isn't known.
+
+    Raises:
+        InputError: it isn't.
+    """
+    if dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r} isn't known; expected one of {', '.join(DTYPES)}")
+
+
+def one_device() -> Mesh:
+    """A mesh of the first device."""
+    return make_mesh(MeshConfig(data=1, fsdp=1, tensor=1), jax.devices()[:1])
+
+
+def parse_mesh(text: str) -> Mesh:
+    """A mesh over all devices from the option's text.
+
+    Args:
+        text: sizes by axis; an axis that isn't named is 1.
+
+    Raises:
+        InputError: an axis isn't known, a size can't be, or the sizes don't fit the devices.
+    """
+    sizes = dict.fromkeys(MESH_AXES, 1)
+    for part in text.split(","):
+        axis, _, size = part.strip().partition("=")
+        if axis not in sizes or not size.lstrip("-").isdecimal() or not (int(size) > 0 or int(size) == -1):
+            raise InputError(f"--mesh {text!r}: {part!r} isn't {' or '.join(f'{name}=N' for name in MESH_AXES)}")
+        sizes[axis] = int(size)
+    try:
+        return make_mesh(MeshConfig(**sizes))
+    except ValueError as error:
+        line = " ".join(str(error).split())
+        raise InputError(f"--mesh {text!r}: {line} ({jax.device_count()} devices)") from error
