@@ -4,13 +4,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
+import jax
 import numpy as np
 import typer
 
+from almost_jax.commands.places import DtypeOption, MeshOption, check_dtype, parse_mesh
+from almost_jax.config import MeshConfig
+from almost_jax.core.partitioning import make_mesh
 from almost_jax.errors import InputError
 from almost_jax.io.models import Model, load_model
 from almost_jax.io.records import Record, RecordWriter, parse_records
-from almost_jax.io.transfer import host_mesh, locate
+from almost_jax.io.transfer import locate
 from almost_jax.sampling.scoring import completion_logprobs, score_sequences
 
 # Rows are padded to a multiple of it, so that a few programs serve all lengths.
@@ -26,17 +30,31 @@ def score_command(
     input: Annotated[Path, typer.Option(help='JSON lines with "prompt" and "completion".')],
     out: Annotated[Path, typer.Option(help="JSON lines: the same with log-probs, and a reward model's score.")],
     batch_size: Annotated[int, typer.Option(min=1, help="Texts per forward pass.")] = 8,
-    dtype: Annotated[str, typer.Option(help="To compute in: float32, bfloat16 or float16.")] = "float32",
-    end: Annotated[bool, typer.Option(help="Read a reward model's score at the end of text, behind the text.")] = True,
+    dtype: DtypeOption = "float32",
+    end: Annotated[
+        bool | None,
+        typer.Option(
+            "--end/--no-end",
+            help="Read a reward model's score at an end of text behind the text, or at the text's last token; as the "
+            "model says when not given: ours at the end of text.",
+        ),
+    ] = None,
+    mesh: MeshOption = None,
 ) -> None:
     """Score completions: the log-prob of each of their tokens, their sum, and a reward model's normalised score."""
     if not input.is_file():
         raise InputError(f"{input}: no such file; expected JSON lines with prompt and completion")
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise InputError(f"dtype {dtype!r} isn't known; expected one of float32, bfloat16, float16")
+    check_dtype(dtype)
     if input.absolute() == out.absolute():
         raise InputError(f"{out}: is the input; expected another file")
-    score_file(load_model(locate(model), host_mesh(), dtype), input, out, batch_size, end)
+    place = make_mesh(MeshConfig()) if mesh is None else parse_mesh(mesh)
+    loaded = load_model(locate(model), place, dtype)
+    # As many rows for each of the devices that batches are split over.
+    rows = place.shape["data"] * place.shape["fsdp"]
+    size = -(-batch_size // rows) * rows
+    # Accelerators multiply float32 in fewer bits unless they are told not to.
+    with jax.set_mesh(place), jax.default_matmul_precision("highest" if dtype == "float32" else "default"):
+        score_file(loaded, input, out, size, loaded.score_at_end if end is None else end)
 
 
 def score_file(model: Model, source: Path, out: Path, batch_size: int, end: bool) -> None:

@@ -92,6 +92,7 @@ class Checkpoint:
         reward: whether it is a sequence classifier.
         source: of its tensors.
         reward_mean, reward_std: of a reward model's raw scores, where we wrote them; else 0 and 1.
+        score_at_end: whether a reward model's score is read at an end of text behind the text: what we wrote, else not.
     """
 
     config: LlamaConfig
@@ -99,6 +100,7 @@ class Checkpoint:
     source: SafetensorsSource
     reward_mean: float
     reward_std: float
+    score_at_end: bool
 
 
 def open_llama(folder: Path) -> Checkpoint:
@@ -119,7 +121,8 @@ def open_llama(folder: Path) -> Checkpoint:
     mean, std = fields.get("reward_mean", 0.0), fields.get("reward_std", 1.0)
     if not all(isinstance(number, int | float) and math.isfinite(number) for number in (mean, std)) or std <= 0:
         raise InputError(f"{path}: reward_mean {mean!r} and reward_std {std!r}; expected finite numbers, std positive")
-    return Checkpoint(config, reward, source, float(mean), float(std))
+    at_end = bool(fields.get("score_at_end", "reward_mean" in fields))
+    return Checkpoint(config, reward, source, float(mean), float(std), at_end)
 
 
 def _untie_what_differs(config: LlamaConfig, source: SafetensorsSource) -> LlamaConfig:

@@ -42,6 +42,8 @@ class Model:
         kind: "policy" or "reward".
         name: where it came from.
         reward_mean, reward_std: of the raw scores on reference samples; a normalised score is (raw - mean) / std.
+        score_at_end: whether a reward model's score is read at an end-of-text token behind the text, as ours are; else
+            at the text's last token.
     """
 
     config: LlamaConfig
@@ -51,6 +53,7 @@ class Model:
     name: str
     reward_mean: float = 0.0
     reward_std: float = 1.0
+    score_at_end: bool = True
 
 
 def load_model(source: str, mesh: Mesh, dtype: str) -> Model:
@@ -114,6 +117,7 @@ def save_model(directory: Path, model: Model, beside: Mapping[str, bytes] | None
         "kind": model.kind,
         "reward_mean": float(model.reward_mean),
         "reward_std": float(model.reward_std),
+        "score_at_end": model.score_at_end,
         "origin": model.name,
         "tokenizer": model.tokenizer.fingerprint,
         "dtype": str(jax.tree.leaves(model.params)[0].dtype),
@@ -160,7 +164,8 @@ def _load_theirs(folder: Path, source: str, mesh: Mesh, stored: str | None) -> M
     # The tokenizer is the smaller part to fail on.
     tokenizer = load_tokenizer(folder)
     params = _read(found.config, kind, found.source, mesh, stored)
-    return Model(found.config, params, tokenizer, kind, source, found.reward_mean, found.reward_std)
+    normalisation = found.reward_mean, found.reward_std
+    return Model(found.config, params, tokenizer, kind, source, *normalisation, found.score_at_end)
 
 
 def _read(config: LlamaConfig, kind: str, source: Source, mesh: Mesh, stored: str | None) -> Params:
@@ -187,7 +192,8 @@ def _load_ours(folder: Path, source: str, mesh: Mesh, stored: str | None) -> Mod
     if tokenizer.fingerprint != card["tokenizer"]:
         raise InputError(f"model {source!r}: the tokenizer in {folder} isn't the one that the model was saved with")
     params = _cast(restore_tree(folder / "params", expected), stored or card["dtype"])
-    return Model(config, params, tokenizer, kind, source, card["reward_mean"], card["reward_std"])
+    normalisation = card["reward_mean"], card["reward_std"]
+    return Model(config, params, tokenizer, kind, source, *normalisation, card["score_at_end"])
 
 
 def _read_card(path: Path) -> dict[str, Any]:
@@ -202,6 +208,7 @@ def _read_card(path: Path) -> dict[str, Any]:
             "kind": card["kind"],
             "tokenizer": card["tokenizer"],
             "dtype": str(jnp.dtype(card["dtype"])),
+            "score_at_end": bool(card.get("score_at_end", True)),
             **numbers,
         }
     except (OSError, ValueError, TypeError, KeyError) as error:

@@ -31,11 +31,13 @@ GENERATION = "generation_config.json"
 _HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
 # The check of an export reads this many tokens.
 _PROBE = 16
-# Our dialogue, for models that bring no template of their own; the reply begins with a space.
+# Our dialogue, for models that bring no template of their own: as `stages.dialogues` writes it, with the end of text
+# behind each of the assistant's turns. The reply begins with a space.
 DIALOGUE_TEMPLATE = (
     "{% if bos_token is defined and bos_token %}{{ bos_token }}{% endif %}"
     "{% for message in messages %}"
-    "{{ 'Assistant: ' if message['role'] == 'assistant' else 'Human: ' }}{{ message['content'] }}{{ '\\n\\n' }}"
+    "{{ 'Assistant: ' if message['role'] == 'assistant' else 'Human: ' }}{{ message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\\n\\n' }}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
@@ -157,7 +159,11 @@ def _tokenizer_to_export(model: Model) -> tuple[Tokenizer, dict[str, Any]]:
     """The tokenizer and further fields of config.json."""
     if model.kind == "policy":
         return model.tokenizer.with_chat_template(DIALOGUE_TEMPLATE), {}
-    extra: dict[str, Any] = {"reward_mean": model.reward_mean, "reward_std": model.reward_std}
+    extra: dict[str, Any] = {
+        "reward_mean": model.reward_mean,
+        "reward_std": model.reward_std,
+        "score_at_end": model.score_at_end,
+    }
     tokenizer = model.tokenizer
     if tokenizer.pad_id == tokenizer.eos_id:
         # transformers reads the score before the first padding, so what pads must not be what ends a text.
@@ -234,10 +240,15 @@ def _card(model: Model, name: str, written: Export, facts: Mapping[str, str]) ->
     table = "\n".join(f"| {key} | {_cell(value)} |" for key, value in rows.items())
     head = "---\nlibrary_name: transformers\ntags: [almost-jax]\n---\n"
     if model.kind == "reward":
+        ending = (
+            "and the end-of-text token, at which its score is read."
+            if model.score_at_end
+            else "and its score is read at the last token."
+        )
         about = (
             "A reward model: `LlamaForSequenceClassification` with one label. It reads\n"
             "`Human: {query}\\n\\nAssistant: {response}` (after the beginning-of-text token, if there is one)\n"
-            "and the end-of-text token, at which its score is read. Scores are raw; normalised ones are\n"
+            f"{ending} Scores are raw; normalised ones are\n"
             f"`(score - {model.reward_mean!r}) / {model.reward_std!r}`, from `reward_mean` and `reward_std` in\n"
             "config.json: mean 0 and standard deviation 1 over the reference samples."
         )

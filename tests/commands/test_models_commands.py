@@ -22,6 +22,7 @@ from almost_jax.io import folders, transfer
 from almost_jax.io.huggingface import load_llama, save_llama
 from almost_jax.io.models import Model, read_model, save_model
 from almost_jax.io.tokenizer import Tokenizer
+from almost_jax.stages.dialogues import prompt_tokens
 
 CONFIG = LlamaConfig(
     vocab_size=24,
@@ -86,7 +87,10 @@ def test_02_a_model_comes_in_and_goes_out_with_the_same_bytes(tmp_path: Path, ca
     dialogue = [{"role": "user", "content": "w3"}, {"role": "assistant", "content": "w4"}]
     backend = AutoTokenizer.from_pretrained(tmp_path / "back")
     asked = backend.apply_chat_template([*dialogue, dialogue[0]], tokenize=False, add_generation_prompt=True)
-    assert asked == "Human: w3\n\nAssistant: w4\n\nHuman: w3\n\nAssistant:"
+    assert asked == "Human: w3\n\nAssistant: w4<eos>\n\nHuman: w3\n\nAssistant:"
+    turns = [{"role": role, "text": text} for role, text in (("human", "w3"), ("assistant", "w4"), ("human", "w3"))]
+    ids = backend.apply_chat_template([*dialogue, dialogue[0]], add_generation_prompt=True, return_dict=False)
+    assert ids == prompt_tokens(found.tokenizer, turns)
     card = (tmp_path / "back/README.md").read_text()
     assert "# back" in card and str(tmp_path / "theirs") not in card and str(tmp_path / "ours") in card
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "ours", "theirs"]

@@ -14,6 +14,7 @@ from almost_jax.commands import scoring
 from almost_jax.core.heads import sequence_scores
 from almost_jax.core.llama import hidden_states, logits
 from almost_jax.errors import InputError
+from almost_jax.io.huggingface import save_llama
 from almost_jax.io.models import Model, save_model
 from almost_jax.io.records import read_records, write_records
 
@@ -106,6 +107,63 @@ def test_28_an_interrupted_file_goes_on_and_ends_the_same(tmp_path: Path, reward
         with pytest.raises(InputError, match=said):
             scoring.score_file(model, source, out, 2, True)
         assert not out.exists()
+
+
+def test_05_a_mesh_of_eight_scores_as_one_device_does(tmp_path: Path, capsys, reward: Model):
+    save_model(tmp_path / "model", reward)
+    write_records(tmp_path / "in.jsonl", LINES)
+    found = []
+    for name, mesh in (("all", ()), ("mesh", ("--mesh", "data=2,fsdp=2,tensor=2")), ("fsdp", ("--mesh", "fsdp=8"))):
+        given = ("--model", tmp_path / "model", "--input", tmp_path / "in.jsonl", "--out", tmp_path / name)
+        assert command(capsys, "score", *given, "--batch-size", 3, *mesh)[0] == 0
+        found.append(read_records(tmp_path / name))
+    scoring.score_file(reward, tmp_path / "in.jsonl", tmp_path / "one", 2, True)
+    for records in found:
+        for record, alone in zip(records, read_records(tmp_path / "one"), strict=True):
+            assert record["tokens"] == alone["tokens"]
+            np.testing.assert_allclose(record["token_logprobs"], alone["token_logprobs"], atol=1e-5)
+            assert record["reward"] == pytest.approx(alone["reward"], abs=1e-5)
+
+
+def test_12_a_reward_model_from_elsewhere_is_read_at_the_last_token(tmp_path: Path, capsys, reward: Model):
+    save_llama(tmp_path / "theirs", reward.config, reward.params, "float32", reward.tokenizer)
+    assert command(capsys, "import", tmp_path / "theirs", tmp_path / "ours")[0] == 0
+    assert command(capsys, "export", tmp_path / "ours", tmp_path / "again")[0] == 0
+    write_records(tmp_path / "in.jsonl", LINES[:1])
+    raw = {
+        end: float(sequence_scores(reward.params, reward.config, jnp.asarray([row]), jnp.asarray([len(row)]))[0])
+        for end, row in ((False, [3, 4, 5]), (True, [3, 4, 5, 1]))
+    }
+    for place, name in enumerate(("theirs", "ours", "again")):
+        for flag, end in ((), False), (("--end",), True), (("--no-end",), False):
+            out = tmp_path / f"{place}{end}{len(flag)}.jsonl"
+            given = ("--model", tmp_path / name, "--input", tmp_path / "in.jsonl", "--out", out)
+            assert command(capsys, "score", *given, *flag)[0] == 0
+            assert read_records(out)[0]["reward"] == pytest.approx(raw[end], abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pad", [True, False])
+def test_14_normalised_scores_of_an_exported_reward_model_are_equal_in_transformers(tmp_path: Path, capsys, pad: bool):
+    torch = pytest.importorskip("torch", reason="needs the extra `parity`")
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    save_model(tmp_path / "model", make_model("reward", pad=pad))
+    write_records(tmp_path / "in.jsonl", LINES)
+    given = ("--model", tmp_path / "model", "--input", tmp_path / "in.jsonl", "--out", tmp_path / "out")
+    assert command(capsys, "score", *given)[0] == 0
+    assert command(capsys, "export", tmp_path / "model", tmp_path / "theirs")[0] == 0
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "theirs", padding_side="right")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "theirs", dtype=torch.float32).eval()
+    texts = [[*tokenizer.encode(line["prompt"]), *tokenizer.encode(line["completion"])] for line in LINES]
+    rows = tokenizer.pad({"input_ids": [[*text, tokenizer.eos_token_id] for text in texts]}, return_tensors="pt")
+    with torch.no_grad():
+        raw = model(**rows).logits[:, 0].numpy()
+    found = [record["reward"] for record in read_records(tmp_path / "out")]
+    # The second completion names the end of text in its letters, which stay letters here and not there.
+    kept = [0, 2, 3, 4]
+    theirs = (raw - model.config.reward_mean) / model.config.reward_std
+    np.testing.assert_allclose(theirs[kept], np.asarray(found)[kept], atol=1e-4)
 
 
 @pytest.mark.parametrize(
