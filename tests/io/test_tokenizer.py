@@ -110,3 +110,80 @@ def test_code_in_the_folder_is_not_run(tmp_path: Path):
     except InputError:
         pass
     assert not (tmp_path / "ran").exists()
+
+
+def sentencepiece_like(folder: Path):
+    """As LLaMA 1 and 2 store theirs: pieces with a mark for spaces, bytes for what has none, nothing for padding."""
+    from transformers import LlamaTokenizer
+
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    pieces += [
+        "▁",
+        *"abcdefghijklmnopqrstuvwxyz",
+        "he",
+        "ll",
+        "▁w",
+        "or",
+        "▁he",
+        "▁hell",
+        "▁hello",
+        "▁wor",
+        "ld",
+        "▁world",
+    ]
+    merges = [("h", "e"), ("l", "l"), ("▁", "w"), ("o", "r"), ("▁", "he"), ("▁he", "ll"), ("▁hell", "o"), ("▁w", "or")]
+    merges += [("l", "d"), ("▁wor", "ld")]
+    vocabulary = {piece: place for place, piece in enumerate(pieces)}
+    LlamaTokenizer(vocab=vocabulary, merges=merges, add_bos_token=True).save_pretrained(str(folder))
+    return "<s>", "</s>", vocabulary
+
+
+def llama3_like(folder: Path):
+    """As LLaMA 3 stores its own: bytes, special tokens behind the vocabulary, a beginning that a template adds."""
+    from tokenizers import processors
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: place for place, letter in enumerate([*alphabet, "he", "ll", "hell", "hello"])}
+    backend = Backend(models.BPE(vocabulary, [("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o")], ignore_merges=True))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"])
+    backend.post_processor = processors.TemplateProcessing(
+        single="<|begin_of_text|> $A",
+        pair="<|begin_of_text|> $A $B",
+        special_tokens=[("<|begin_of_text|>", backend.token_to_id("<|begin_of_text|>"))],
+    )
+    special = {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}
+    PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(str(folder))
+    return "<|begin_of_text|>", "<|eot_id|>", backend.get_vocab()
+
+
+@pytest.mark.parametrize("make", [sentencepiece_like, llama3_like])
+def test_llama_tokenizers_of_both_families_encode_as_transformers_does(tmp_path: Path, make):
+    from transformers import AutoTokenizer
+
+    begin, end, vocabulary = make(tmp_path)
+    theirs, ours = AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)
+    assert (ours.bos_id, ours.eos_id, ours.pad_id) == (vocabulary[begin], vocabulary[end], vocabulary[end])
+    for text in ("hello world", " hello", "hello  world\n", "é漢🙂", "", "a\tb"):
+        plain = theirs(text, add_special_tokens=False)["input_ids"]
+        assert ours.encode(text) == plain
+        assert ours.encode_prompt(text) == theirs(text)["input_ids"] == [ours.bos_id, *plain]
+        assert ours.decode(ours.encode(text)) == text.strip()
+    assert ours.eos_id not in ours.encode(f"a{end}b")
+    ours.save(tmp_path / "again")
+    again = load_tokenizer(tmp_path / "again")
+    assert again.fingerprint == ours.fingerprint and again.encode_prompt("hello w") == ours.encode_prompt("hello w")
+
+
+def test_the_end_of_text_is_taken_from_the_model_where_the_tokenizer_names_none(tmp_path: Path):
+    saved(words(eos_token=None), tmp_path)
+    (tmp_path / "config.json").write_text('{"eos_token_id": 2}')
+    assert load_tokenizer(tmp_path).eos_id == 2
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [9, 2]}')
+    assert load_tokenizer(tmp_path).eos_id == 9
+    for wrong in ('{"eos_token_id": 99}', '{"eos_token_id": null}'):
+        for name in ("config.json", "generation_config.json"):
+            (tmp_path / name).write_text(wrong)
+        with pytest.raises(InputError, match="no eos_token"):
+            load_tokenizer(tmp_path)
