@@ -4,6 +4,9 @@ import dataclasses
 import json
 import math
 import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -11,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
+from safetensors.numpy import load_file
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -176,3 +180,51 @@ def test_14_a_normalisation_that_cannot_be_is_refused(tmp_path: Path, mean: floa
     with pytest.raises(InputError, match="expected finite numbers, std positive"):
         save_model(tmp_path / "model", model)
     assert os.listdir(tmp_path) == []
+
+
+HOST = """
+import json, sys
+import jax
+from almost_jax.io.distributed import initialize
+initialize()
+from almost_jax.config import MeshConfig
+from almost_jax.core.partitioning import make_mesh
+from almost_jax.io.huggingface import SafetensorsSource
+from almost_jax.io.models import read_model
+read = SafetensorsSource.read
+parts = {}
+def watched(self, name, index):
+    part = read(self, name, index)
+    parts[name] = parts.get(name, 0) + part.size
+    return part
+SafetensorsSource.read = watched
+model = read_model(sys.argv[1], make_mesh(MeshConfig(data=1, fsdp=2, tensor=1)), None)
+print(json.dumps([jax.process_count(), jax.local_device_count(), parts]))
+"""
+
+
+@pytest.mark.slow
+def test_each_of_two_hosts_reads_only_its_half(tmp_path: Path):
+    model = make_model()
+    save_llama(tmp_path, CONFIG, model.params, "float32", model.tokenizer)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    place = {"ALMOST_COORDINATOR": f"localhost:{port}", "ALMOST_NUM_PROCESSES": "2", "XLA_FLAGS": ""}
+    hosts = [
+        subprocess.Popen(
+            [sys.executable, "-c", HOST, str(tmp_path)],
+            env={**os.environ, **place, "ALMOST_PROCESS_ID": str(number)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    said = [json.loads(host.communicate(timeout=300)[0].splitlines()[-1]) for host in hosts]
+    assert [host.returncode for host in hosts] == [0, 0]
+    sizes = {name: tensor.size for name, tensor in load_file(tmp_path / "model.safetensors").items()}
+    for processes, devices, parts in said:
+        assert (processes, devices) == (2, 1) and parts.keys() == sizes.keys()
+        for name, size in sizes.items():
+            # Norms are whole everywhere; of matrices a host reads the half that its device holds, and nothing else.
+            assert parts[name] == (size if "norm" in name else size // 2), name
