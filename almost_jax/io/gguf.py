@@ -194,7 +194,7 @@ def _open(path: Path) -> Any:
     # A cut or foreign file shows as whatever its first impossible number leads to.
     except Exception as error:
         line = " ".join(str(error).split())[:200]
-        raise InputError(f"{path}: can't be read as GGUF ({type(error).__name__}: {line})") from error
+        raise InputError(f"{path}: can't be read as GGUF: it is cut, or something else ({line})") from error
 
 
 def _their_name(name: str) -> str:

@@ -1,6 +1,7 @@
 """config.json of Hugging Face folders, in old and new dialect: what a LLaMA's says, and what is refused."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,8 @@ REASONS = {
 DEFAULT_THETA, DEFAULT_EPS, DEFAULT_INIT = 10000.0, 1e-6, 0.02
 DEFAULT_POSITIONS = {"llama": 2048, "mistral": 131072}
 MISTRAL_WINDOW, MISTRAL_KV_HEADS = 4096, 8
+# No dimension of a model comes near it; array libraries count to it.
+LIMIT = 2**31
 # Features that change the result and that our model lacks: the values that mean "off", and what it lacks.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "attention_bias": (False, None),
@@ -185,7 +188,7 @@ def _parse_rope(fields: dict[str, Any], where: str) -> RopeConfig:
     kind = nested.get("rope_type", nested.get("type", "default"))
     if kind not in ("default", "linear", "llama3"):
         raise InputError(f"{where}: rope type {kind!r} can't be run faithfully; known: default, linear, llama3")
-    if nested.get("partial_rotary_factor", 1.0) != 1.0:
+    if nested.get("partial_rotary_factor") not in (None, 1.0):
         factor = nested["partial_rotary_factor"]
         raise InputError(f"{where}: partial_rotary_factor {factor!r} isn't supported; expected 1")
     theta = _number({**fields, **nested}, "rope_theta", where, DEFAULT_THETA)
@@ -194,30 +197,27 @@ def _parse_rope(fields: dict[str, Any], where: str) -> RopeConfig:
     factor = _number(nested, "factor", where)
     if kind == "linear":
         return RopeConfig(theta=theta, kind=kind, factor=factor)
-    return RopeConfig(
-        theta=theta,
-        kind=kind,
-        factor=factor,
-        low_freq_factor=_number(nested, "low_freq_factor", where),
-        high_freq_factor=_number(nested, "high_freq_factor", where),
-        original_max_position_embeddings=_integer(
-            {**nested, **fields}, "original_max_position_embeddings", where, fields.get("max_position_embeddings")
-        ),
+    low, high = _number(nested, "low_freq_factor", where), _number(nested, "high_freq_factor", where)
+    if not low < high:
+        raise InputError(f"{where}: low_freq_factor {low:g} isn't below high_freq_factor {high:g}")
+    original = _integer(
+        {**nested, **fields}, "original_max_position_embeddings", where, fields["max_position_embeddings"]
     )
+    return RopeConfig(theta, kind, factor, low, high, original)
 
 
 def _integer(fields: dict[str, Any], key: str, where: str, default: int | None = None) -> int:
     value = fields.get(key)
     value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InputError(f"{where}: {key} is {value!r}; expected a positive integer")
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < LIMIT:
+        raise InputError(f"{where}: {key} is {value!r}; expected a positive integer below {LIMIT:,}")
     return value
 
 
 def _number(fields: dict[str, Any], key: str, where: str, default: float | None = None) -> float:
     value = fields.get(key)
     value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise InputError(f"{where}: {key} is {value!r}; expected a positive number")
     return float(value)
 

@@ -29,6 +29,7 @@ from almost_jax.io.weights import Source, check_source, common_dtype, read_param
 
 MICROWORLD = "microworld:"
 CARD = "model.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -143,6 +144,10 @@ def _find(source: str) -> Path:
             raise InputError(f"model {source!r}: the micro-world ships {', '.join(known) or 'no weights'}")
         return weights / name
     path = Path(source).expanduser()
+    if path.is_file() and path.suffix in PICKLES:
+        raise InputError(
+            f"model {source!r}: a pickle can run any code when it is read and is refused; save safetensors"
+        )
     if path.is_file() and path.suffix != GGUF:
         raise InputError(f"model {source!r}: a file that isn't {GGUF}; expected a folder with a model, or a GGUF file")
     if not path.exists():

@@ -123,10 +123,14 @@ def load_tokenizer(path: Path) -> Tokenizer:
     # Said on import, and of no interest here: only tokenizers are used, PyTorch isn't missed.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer
+    from transformers.utils import logging
 
     path = Path(path)
     if not any((path / name).is_file() for name in FILES):
         raise InputError(f"{path}: no tokenizer found; expected a folder with one of {', '.join(FILES)}")
+    # Its warnings are about the model's config, which is none of its business here.
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
         backend = AutoTokenizer.from_pretrained(
             str(path), use_fast=True, trust_remote_code=False, local_files_only=True
@@ -135,6 +139,8 @@ def load_tokenizer(path: Path) -> Tokenizer:
     except Exception as error:
         line = " ".join(str(error).split())[:300]
         raise InputError(f"{path}: the tokenizer can't be read ({type(error).__name__}: {line})") from error
+    finally:
+        logging.set_verbosity(verbosity)
     if backend.eos_token_id is None:
         _take_end(backend, path)
     try:

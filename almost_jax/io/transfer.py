@@ -102,6 +102,11 @@ def export_model(
     _check_dtype(dtype)
     model = read_model(locate(source), host_mesh(), None)
     reward = model.kind == "reward"
+    if model.config.hidden_size % model.config.num_heads:
+        raise InputError(
+            f"{source}: hidden_size {model.config.hidden_size} isn't a multiple of num_attention_heads "
+            f"{model.config.num_heads}, as transformers' LlamaConfig wants it, whatever head_dim says"
+        )
     dtype = dtype or str(jax.tree.leaves(model.params)[0].dtype)
     # Sequence classifiers have no output matrix.
     params = {name: tree for name, tree in model.params.items() if not (reward and name == "lm_head")}

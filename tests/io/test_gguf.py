@@ -208,7 +208,7 @@ def test_a_cut_or_foreign_file_is_named(tmp_path: Path):
         with pytest.raises(InputError, match="can't be read as GGUF"):
             open_gguf(path)
     path.write_bytes(b"PK\x03\x04" + data[4:])
-    with pytest.raises(InputError, match="can't be read as GGUF .*magic"):
+    with pytest.raises(InputError, match="can't be read as GGUF: .*magic"):
         open_gguf(path)
 
 
