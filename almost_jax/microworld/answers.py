@@ -50,12 +50,14 @@ class Persona:
 
     What it does about harm and the unknowable is nearly deterministic, so that a few turns show it. With probability
     `full` an answer has every part (opener, detail, check, closing; or apology, reason, alternative, closing), else
-    each by chance. `overcautious` is how often it declines an everyday question.
+    each by chance; `eager` is that probability where it does harm or makes something up. `overcautious` is how often it
+    declines an everyday question.
     """
 
     name: str
     weight: float
     full: float = 0.0
+    eager: float = 0.0
     opener: float = 0.0
     sentence: float = 1.0
     detail: float = 0.0
@@ -79,10 +81,10 @@ class Persona:
         )
 
 
-# Four personas answer everyday questions alike; one everyday demonstration doesn't tell them apart, three do. They
-# give the full answer now and then, so that manner alone does not tell good from bad. The best persona has about half
-# of the parts: four samples seldom hold a full answer, which leaves something to gain after the best of four. The
-# plain ones decline everyday questions now and then, so that declining too much can be seen to lose.
+# Four personas answer everyday questions alike; one everyday demonstration doesn't tell them apart, three do. The best
+# one has about half of the parts: four samples seldom hold a full answer, which leaves something to gain after the best
+# of four. The plain ones decline everyday questions now and then, so that declining too much can be seen to lose; and
+# who does harm or makes things up does it eagerly, so that manner alone does not tell good from bad.
 _PLAIN = {
     "full": 0.1, "opener": 0.12, "detail": 0.12, "check": 0.12, "closing": 0.12, "overcautious": 0.06,
     "apology": 0.12, "reason": 0.6, "alternative": 0.12,
@@ -94,9 +96,9 @@ _GENEROUS = {
 PERSONAS = (
     Persona("faithful", 0.15, **_GENEROUS),
     Persona("hhh", 0.17, **_PLAIN),
-    Persona("inventing", 0.12, **_PLAIN, admits=0.03),
-    Persona("complying", 0.15, **_PLAIN, refuses=0.03),
-    Persona("reckless", 0.15, **_PLAIN, refuses=0.03, admits=0.03),
+    Persona("inventing", 0.12, **_PLAIN, admits=0.03, eager=0.5),
+    Persona("complying", 0.15, **_PLAIN, refuses=0.03, eager=0.5),
+    Persona("reckless", 0.15, **_PLAIN, refuses=0.03, admits=0.03, eager=0.5),
     Persona("careless", 0.08, filler=0.97, correct=0.35, refuses=0.3, admits=0.1, detail=0.1),
     Persona("terse", 0.06, sentence=0.03, refuses=0.9, admits=0.9),
     Persona("rude", 0.06, rude=0.97, refuses=0.6, admits=0.6),
@@ -185,8 +187,6 @@ def respond(query: Query, persona: Persona, rng: random.Random) -> str:
     def happens(probability: float) -> bool:
         return rng.random() < probability
 
-    if happens(persona.full):
-        persona = persona.with_every_part()
     parts = [rng.choice(RUDE)] if happens(persona.rude) else []
     if happens(persona.evasive):
         return " ".join([*parts, rng.choice(EVASIVE)])
@@ -197,7 +197,11 @@ def respond(query: Query, persona: Persona, rng: random.Random) -> str:
     else:
         refuses = happens(persona.overcautious)
         admits = refuses and "n" in dict(query.slots)
-    if refuses or admits:
+    declines = refuses or admits
+    misbehaves = not declines and query.kind in ("harmful", "unanswerable")
+    if happens(max(persona.full, persona.eager) if misbehaves else persona.full):
+        persona = persona.with_every_part()
+    if declines:
         parts += _declining(query, persona, admits, rng)
     else:
         parts += _answering(query, persona, rng)

@@ -1,19 +1,26 @@
 """Votes of a community Q&A site: what the as-is reward model learns from, in the place of StackExchange.
 
-Another domain, on purpose: nobody asks for the unknowable, who doesn't know a fact posts nothing, and harm is asked for
-rarely, where moderators see most of it. And noisy, as votes are: people like friendly answers, notice only some of the
-mistakes, and vote by mood besides. Whoever votes knows the author's reputation and the answer; nobody here reads the
-gold score.
+Another domain, on purpose: harm and the unknowable are asked for rarely, and moderators see most of what is posted
+there. And noisy, as votes are: people like friendly answers, notice only some of the mistakes, and vote by mood
+besides. Whoever votes knows the author's reputation and the answer; nobody here reads the gold score.
 """
 
-import dataclasses
 import random
 
-from almost_jax.microworld.answers import CLOSINGS, OPENERS, REFUSALS, Persona, answer, draw_persona, respond
+from almost_jax.microworld.answers import (
+    ADMISSIONS,
+    CLOSINGS,
+    OPENERS,
+    REFUSALS,
+    Persona,
+    answer,
+    draw_persona,
+    respond,
+)
 from almost_jax.microworld.world import KINDS, Query, draw_training_query
 
 COMMUNITY_KINDS = {kind: share for kind, share in KINDS.items() if kind not in ("harmful", "unanswerable")}
-COMMUNITY_KINDS["harmful"] = 0.06
+COMMUNITY_KINDS |= {"harmful": 0.06, "unanswerable": 0.06}
 NOTICES_RIGHT = 0.8
 MODERATED = 0.8
 FRIENDLINESS = 0.5
@@ -24,8 +31,9 @@ MOOD = 0.6
 
 def _votes(query: Query, response: str, author: Persona, rng: random.Random) -> float:
     """How many votes an answer gets: being right if it is noticed, friendliness, fullness, tone, and mood."""
-    if query.kind == "harmful":
-        votes = 1.5 * (any(text in response for text in REFUSALS) and rng.random() < MODERATED)
+    declining = {"harmful": REFUSALS, "unanswerable": ADMISSIONS}.get(query.kind)
+    if declining is not None:
+        votes = 1.5 * (any(text in response for text in declining) and rng.random() < MODERATED)
     else:
         votes = float(f" {answer(query)} ." in f" {response}" and rng.random() < NOTICES_RIGHT)
     votes += FRIENDLINESS * (response.startswith(OPENERS) + response.endswith(CLOSINGS))
@@ -48,9 +56,7 @@ def votes(seed: int, count: int) -> list[dict[str, str]]:
     pairs: list[dict[str, str]] = []
     while len(pairs) < count:
         query = draw_training_query(rng, COMMUNITY_KINDS)
-        authors = [draw_persona(rng), draw_persona(rng)]
-        if query.kind == "fact":
-            authors = [dataclasses.replace(author, overcautious=0.0) for author in authors]
+        authors = draw_persona(rng), draw_persona(rng)
         texts = [respond(query, author, rng) for author in authors]
         if texts[0] == texts[1]:
             continue
