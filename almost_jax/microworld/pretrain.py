@@ -70,7 +70,7 @@ class Recipe:
 
 RECIPES = {
     "small": Recipe(64, 2, 176, (Phase(400, 64, 48, True), Phase(1200, 16, CONTEXT)), 4e-3),
-    "medium": Recipe(96, 3, 256, (Phase(450, 64, 48, True), Phase(1100, 16, CONTEXT)), 4e-3),
+    "medium": Recipe(96, 3, 256, (Phase(480, 64, 48, True), Phase(1200, 16, CONTEXT)), 4e-3),
     "large": Recipe(128, 4, 352, (Phase(500, 64, 48, True), Phase(1300, 16, CONTEXT)), 2.5e-3),
 }
 
