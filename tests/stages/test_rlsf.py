@@ -323,7 +323,7 @@ def test_a_step_changes_policy_and_critic_and_reports_what_happened(
 def test_ppo_raises_the_reward_of_a_policy_that_can_get_it(make_ppo: Callable[..., Run], tmp_path: Path) -> None:
     run = make_ppo(
         tmp_path,
-        steps=14,
+        steps=28,
         batch_size=32,
         kl_coef=0.0,
         optimizer={"learning_rate": 1e-2, "schedule": "constant"},
