@@ -1,4 +1,4 @@
-"""The command line: run, sweep, status, report, import, export, score, chat."""
+"""The command line: run, sweep, status, report, import, export, score, chat, plan."""
 
 import datetime
 import os
@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from almost_jax.commands import chat, models, scoring
+from almost_jax.commands.plan import plan_command
 from almost_jax.errors import InputError, TrainingDiverged
 from almost_jax.experiments import load_experiment, load_sweep
 from almost_jax.folder import is_locked, read_status
@@ -134,6 +135,7 @@ app.command("import")(models.import_command)
 app.command("export")(models.export_command)
 app.command("score")(scoring.score_command)
 app.command("chat")(chat.chat_command)
+app.command("plan")(plan_command)
 
 
 def main(arguments: list[str] | None = None) -> None:

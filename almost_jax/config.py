@@ -47,11 +47,21 @@ class Section(BaseModel):
 
 
 class MeshConfig(Section):
-    """Devices along each mesh axis; one axis may be -1 and takes what is left."""
+    """Devices along each mesh axis, and how training programs run on them.
+
+    One axis may be -1 and takes what is left. With `explicit`, every matrix is split over data and over fsdp, gathered
+    one axis at a time where it is used, and its gradient reduce-scattered in `gradient_dtype`; the compiler decides
+    otherwise. `remat` recomputes each layer in the backward pass. `attention: splash` uses that kernel on a TPU where
+    a program sees its own rows alone (`explicit`, or one device).
+    """
 
     data: AxisSize = -1
     fsdp: AxisSize = 1
     tensor: AxisSize = 1
+    explicit: Flag = False
+    gradient_dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: Flag = False
+    attention: Literal["plain", "splash"] = "splash"
 
     @model_validator(mode="after")
     def _one_free_axis(self) -> "MeshConfig":

@@ -17,9 +17,13 @@ from flax import struct
 from jax import Array
 
 from almost_jax.core.attention import attention, cache_mask, causal_mask
+from almost_jax.core.gathering import Gather
 from almost_jax.core.partitioning import constrain
+from almost_jax.core.splash import splash_attention
 
 Params: TypeAlias = dict[str, Any]
+
+_TABLE_AXES = ("vocab", "embed")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +49,10 @@ class LlamaConfig:
     `dtype` is the compute dtype of matrix products; parameters keep their own. With `scan_layers` the layers'
     parameters and caches are stacked on a leading axis L and the program holds one layer; without, they are tuples
     of trees and the program holds them all (faster to decode on a CPU).
+
+    How a program runs, and not what it computes: `remat` recomputes each layer in the backward pass. `gather` says that
+    parameters are a device's parts, inside `jax.shard_map` (see `core.gathering`). `attention` is "plain", or "splash"
+    for rows that stand alone on a TPU, whose kernel never holds a T x T array.
     """
 
     vocab_size: int
@@ -62,6 +70,8 @@ class LlamaConfig:
     dtype: str = "float32"
     scan_layers: bool = True
     remat: bool = False
+    gather: Gather | None = None
+    attention: str = "plain"
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -154,13 +164,18 @@ class Kernel(nn.Module):
     axes: tuple[str, ...]
     stddev: float
     contracted: int = 1
+    gather: Gather | None = None
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Multiply in the dtype of x."""
         initializer = nn.with_logical_partitioning(nn.initializers.normal(self.stddev), self.axes)
-        parameter: Any = self.param("kernel", initializer, self.shape)
-        kernel = parameter.astype(x.dtype)
+        if self.gather is None:
+            parameter: Any = self.param("kernel", initializer, self.shape)
+            kernel = parameter.astype(x.dtype)
+        else:
+            parameter = self.param("kernel", initializer, self.gather.local_shape(self.shape, self.axes))
+            kernel = self.gather.whole(parameter, self.axes, x.dtype)
         ends = tuple(range(x.ndim - self.contracted, x.ndim)), tuple(range(self.contracted))
         return jax.lax.dot_general(x, kernel, (ends, ((), ())))
 
@@ -174,13 +189,16 @@ class Attention(nn.Module):
     def __call__(
         self, x: Array, positions: Array, mask: Array, starts: Array | None, cache: Any, prefix: Any
     ) -> tuple[Array, Any]:
-        """Attend: x [B, T, D] -> [B, T, D], and the layer's keys and values, written at `starts` into the cache."""
+        """Attend: x [B, T, D] -> [B, T, D], and the layer's keys and values, written at `starts` into the cache.
+
+        `mask` is [B, T, S] bool, or [B, T] segment ids where the attention is splash attention.
+        """
         c = self.config
         wide, narrow = (c.num_heads, c.head_dim), (c.num_kv_heads, c.head_dim)
         std, d = c.initializer_range, c.hidden_size
-        q = Kernel((d, *wide), ("embed", "heads", "head_dim"), std, name="query")(x)
-        k = Kernel((d, *narrow), ("embed", "kv_heads", "head_dim"), std, name="key")(x)
-        v = Kernel((d, *narrow), ("embed", "kv_heads", "head_dim"), std, name="value")(x)
+        q = Kernel((d, *wide), ("embed", "heads", "head_dim"), std, gather=c.gather, name="query")(x)
+        k = Kernel((d, *narrow), ("embed", "kv_heads", "head_dim"), std, gather=c.gather, name="key")(x)
+        v = Kernel((d, *narrow), ("embed", "kv_heads", "head_dim"), std, gather=c.gather, name="value")(x)
         q = constrain(rotate(q, positions, c.rope), "batch", "length", "activation_heads", None)
         k = constrain(rotate(k, positions, c.rope), "batch", "length", "activation_kv_heads", None)
         v = constrain(v, "batch", "length", "activation_kv_heads", None)
@@ -188,9 +206,13 @@ class Attention(nn.Module):
             assert starts is not None, "a cache comes with the slots to write at"
             k = jax.vmap(_write)(cache[0], k.astype(cache[0].dtype), starts)
             v = jax.vmap(_write)(cache[1], v.astype(cache[1].dtype), starts)
-        mixed = attention(q, k.astype(q.dtype), v.astype(q.dtype), mask, prefix)
+        if c.attention == "splash" and cache is None and prefix is None:
+            mixed = splash_attention(q, k, v, mask)
+        else:
+            mixed = attention(q, k.astype(q.dtype), v.astype(q.dtype), mask, prefix)
         mixed = constrain(mixed, "batch", "length", "activation_heads", None)
-        out = Kernel((*wide, d), ("heads", "head_dim", "embed"), std, contracted=2, name="output")(mixed)
+        axes = ("heads", "head_dim", "embed")
+        out = Kernel((*wide, d), axes, std, contracted=2, gather=c.gather, name="output")(mixed)
         return out, (k, v)
 
 
@@ -210,10 +232,10 @@ class MLP(nn.Module):
         """Map x [B, T, D] -> [B, T, D]."""
         c = self.config
         shape, axes, std = (c.hidden_size, c.intermediate_size), ("embed", "mlp"), c.initializer_range
-        gate = Kernel(shape, axes, std, name="gate")(x)
-        up = Kernel(shape, axes, std, name="up")(x)
+        gate = Kernel(shape, axes, std, gather=c.gather, name="gate")(x)
+        up = Kernel(shape, axes, std, gather=c.gather, name="up")(x)
         hidden = constrain(nn.silu(gate) * up, "batch", "length", "activation_mlp")
-        return Kernel(shape[::-1], axes[::-1], std, name="down")(hidden)
+        return Kernel(shape[::-1], axes[::-1], std, gather=c.gather, name="down")(hidden)
 
 
 class Block(nn.Module):
@@ -244,8 +266,11 @@ class Llama(nn.Module):
         """Name the parameters."""
         c = self.config
         normal = nn.initializers.normal(c.initializer_range)
+        table = (c.vocab_size, c.hidden_size)
         self.embedding: Any = self.param(
-            "embedding", nn.with_logical_partitioning(normal, ("vocab", "embed")), (c.vocab_size, c.hidden_size)
+            "embedding",
+            nn.with_logical_partitioning(normal, _TABLE_AXES),
+            table if c.gather is None else c.gather.local_shape(table, _TABLE_AXES),
         )
         block: Any = nn.remat(Block, prevent_cse=not c.scan_layers) if c.remat else Block
         if c.scan_layers:
@@ -262,7 +287,7 @@ class Llama(nn.Module):
             self.layers = tuple(block(c) for _ in range(c.num_layers))
         self.norm = RMSNorm(c.rms_norm_eps)
         if not c.tie_embeddings:
-            self.lm_head = Kernel((c.hidden_size, c.vocab_size), ("embed", "vocab"), c.initializer_range)
+            self.lm_head = Kernel(table[::-1], _TABLE_AXES[::-1], c.initializer_range, gather=c.gather)
 
     def __call__(
         self,
@@ -274,7 +299,7 @@ class Llama(nn.Module):
         prefix: Any = None,
     ) -> tuple[Array, Any]:
         """Tokens [B, T] -> hidden states [B, T, D] after the last norm, and every layer's keys and values."""
-        x = jnp.take(self.embedding, tokens, axis=0).astype(self.config.dtype)
+        x = jnp.take(self.table(), tokens, axis=0).astype(self.config.dtype)
         if self.config.scan_layers:
             x, kept = self.layers(x, positions, mask, starts, cache, prefix)
         else:
@@ -288,10 +313,16 @@ class Llama(nn.Module):
             kept = tuple(keys), tuple(values)
         return self.norm(x), kept
 
+    def table(self) -> Array:
+        """The whole embedding [V, D]."""
+        c = self.config
+        whole: Array = self.embedding
+        return whole if c.gather is None else c.gather.whole(whole, _TABLE_AXES, c.dtype)
+
     def unembed(self, hidden: Array) -> Array:
         """Hidden states [B, T, D] -> logits [B, T, V] in float32."""
         if self.config.tie_embeddings:
-            table = self.embedding.astype(hidden.dtype)
+            table = self.table().astype(hidden.dtype)
             out = jnp.einsum("btd,vd->btv", hidden, table, preferred_element_type=jnp.float32)
         else:
             out = self.lm_head(hidden).astype(jnp.float32)
@@ -354,7 +385,10 @@ def hidden_states(
     shared, offset = _shared(prefix)
     if positions is None:
         positions = jnp.broadcast_to(offset + jnp.arange(tokens.shape[1])[None, :], tokens.shape)
-    mask = causal_mask(positions, segment_ids)
+    if config.attention == "splash" and prefix is None:
+        mask = jnp.zeros(tokens.shape, jnp.int32) if segment_ids is None else segment_ids.astype(jnp.int32)
+    else:
+        mask = causal_mask(positions, segment_ids)
     hidden, _ = Llama(config).apply({"params": params}, tokens, positions, mask, prefix=shared)
     return hidden
 

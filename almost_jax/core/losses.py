@@ -105,13 +105,19 @@ def next_token_logprobs(logits: Array, tokens: Array, temperature: float) -> Arr
     Returns:
         [B, T] float32, at the token's own place; 0 at place 0, which nothing predicts.
     """
-    return jnp.pad(token_logprobs(logits[:, :-1], tokens[:, 1:], temperature), ((0, 0), (1, 0)))
+    found = token_logprobs(logits, _shifted(tokens), temperature)
+    return jnp.pad(found[:, :-1], ((0, 0), (1, 0)))
 
 
 def entropy(logits: Array, temperature: float) -> Array:
     """Entropy of softmax(logits / temperature) in nats: [B, T, V] finite logits -> [B, T] float32."""
     scaled = _tempered(logits, temperature)
     return jax.nn.logsumexp(scaled, axis=-1) - jnp.sum(jax.nn.softmax(scaled, axis=-1) * scaled, axis=-1)
+
+
+def _shifted(x: Array) -> Array:
+    """What stands one place further in each row of [B, T]; zero or False at the end."""
+    return jnp.pad(x[:, 1:], ((0, 0), (0, 1)))
 
 
 def cross_entropy_sums(logits: Array, tokens: Array, mask: Array) -> LossTerms:
@@ -125,9 +131,10 @@ def cross_entropy_sums(logits: Array, tokens: Array, mask: Array) -> LossTerms:
     Returns:
         Sum of losses in nats, number of targets, and the metric `accuracy` (the target is the most likely token).
     """
-    targets = mask.at[:, 0].set(False)
-    total = masked_sum(-next_token_logprobs(logits, tokens, 1.0), targets)
-    hits = jnp.pad(jnp.argmax(logits[:, :-1], axis=-1) == tokens[:, 1:], ((0, 0), (1, 0)))
+    # The targets are shifted and not the logits, whose copy would be the largest array of the program.
+    following, targets = _shifted(tokens), _shifted(mask)
+    total = masked_sum(-token_logprobs(logits, following, 1.0), targets)
+    hits = jnp.argmax(logits, axis=-1) == following
     return total, (count(targets), {"accuracy": (masked_sum(hits, targets), count(targets))})
 
 

@@ -4,7 +4,9 @@ Every parameter and activation of the model names its axes logically ("embed", "
 which mesh axes each of them is split over; everything else (shardings of trees, constraints on activations) follows.
 """
 
-from collections.abc import Sequence
+import contextlib
+import contextvars
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -39,6 +41,24 @@ RULES: Rules = (
 )
 
 
+_lowering_for: contextvars.ContextVar[str | None] = contextvars.ContextVar("lowering_for", default=None)
+
+
+def platform() -> str:
+    """The platform that a program which is traced now will run on: "cpu", "gpu" or "tpu"."""
+    return _lowering_for.get() or jax.default_backend()
+
+
+@contextlib.contextmanager
+def lowering_for(name: str) -> Iterator[None]:
+    """Trace programs for another platform than this process has, to compile them ahead of time."""
+    token = _lowering_for.set(name)
+    try:
+        yield
+    finally:
+        _lowering_for.reset(token)
+
+
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Arrange devices as (data, fsdp, tensor).
 
@@ -53,17 +73,27 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         ValueError: the sizes do not multiply to the number of devices.
     """
     found = list(jax.devices()) if devices is None else list(devices)
+    sizes = mesh_sizes(config, len(found))
+    grid = np.asarray(found).reshape(sizes)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def mesh_sizes(config: MeshConfig, devices: int) -> tuple[int, ...]:
+    """How many devices each mesh axis has, -1 filled in.
+
+    Raises:
+        ValueError: the sizes do not multiply to the number of devices.
+    """
     sizes = [config.data, config.fsdp, config.tensor]
     named = ", ".join(f"{axis}: {size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
     if -1 in sizes:
         others = int(np.prod([size for size in sizes if size != -1]))
-        if len(found) % others:
-            raise ValueError(f"mesh ({named}): {len(found)} devices can't be split by {others}")
-        sizes[sizes.index(-1)] = len(found) // others
-    if int(np.prod(sizes)) != len(found):
-        raise ValueError(f"mesh ({named}) needs {int(np.prod(sizes))} devices, but there are {len(found)}")
-    grid = np.asarray(found).reshape(sizes)
-    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+        if devices % others:
+            raise ValueError(f"mesh ({named}): {devices} devices can't be split by {others}")
+        sizes[sizes.index(-1)] = devices // others
+    if int(np.prod(sizes)) != devices:
+        raise ValueError(f"mesh ({named}) needs {int(np.prod(sizes))} devices, but there are {devices}")
+    return tuple(sizes)
 
 
 def partition_spec(axes: Sequence[str | None], rules: Rules = RULES) -> PartitionSpec:
@@ -102,7 +132,7 @@ def shardings(logical_axes: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
 
 
 def constrain(x: jax.Array, *axes: str | None, rules: Rules = RULES) -> jax.Array:
-    """Tell the compiler how to split an activation; does nothing outside `jax.set_mesh`.
+    """Tell the compiler how to split an activation; does nothing outside `jax.set_mesh` or inside `jax.shard_map`.
 
     Args:
         x: an activation with one logical name for each of its dimensions.
@@ -110,7 +140,8 @@ def constrain(x: jax.Array, *axes: str | None, rules: Rules = RULES) -> jax.Arra
     """
     if x.ndim != len(axes):
         raise ValueError(f"array of shape {x.shape} was given {len(axes)} logical axes {axes}")
-    if jax.sharding.get_abstract_mesh().empty:
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.manual_axes:
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(axes, rules))
 

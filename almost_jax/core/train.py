@@ -15,6 +15,8 @@ from almost_jax.core.llama import Params
 
 Batch: TypeAlias = dict[str, Array]
 # params, micro-batch -> (sum of losses, (sum of weights, {metric: (sum, sum of weights)}))
+# (params, batch) -> (sums, gradients), made to run on every device's own rows.
+Spread: TypeAlias = Callable[[Callable[[Params, Any], Any]], Callable[[Params, Any], Any]]
 LossSums: TypeAlias = Callable[[Params, Batch], tuple[Array, tuple[Array, dict[str, tuple[Array, Array]]]]]
 
 
@@ -73,7 +75,7 @@ def init_state(params: Params, optimizer: optax.GradientTransformation) -> Train
 
 
 def accumulate_gradients(
-    loss_sums: LossSums, params: Params, batch: Batch, micro_batches: int
+    loss_sums: LossSums, params: Params, batch: Batch, micro_batches: int, spread: Spread | None = None
 ) -> tuple[Params, dict[str, Array]]:
     """The gradient of the batch's mean loss, computed over `micro_batches` parts.
 
@@ -84,7 +86,9 @@ def accumulate_gradients(
         loss_sums: see `LossSums`; weights must not depend on the parameters.
         params: the tree to differentiate.
         batch: arrays [B, ...] with B divisible by `micro_batches`.
-        micro_batches: the number of parts.
+        micro_batches: the number of parts; with `spread`, of every device's own rows.
+        spread: runs the sums on every device's own rows and adds up (explicit FSDP, `core.gathering`); the compiler
+            splits the work when None.
 
     Returns:
         Gradients in float32, and {"loss": ..., and every metric: its sum over its weight}.
@@ -92,26 +96,27 @@ def accumulate_gradients(
     Raises:
         ValueError: B is not divisible by `micro_batches`.
     """
-    size = jax.tree.leaves(batch)[0].shape[0]
-    if size % micro_batches:
-        raise ValueError(f"a batch of {size} can't be split into {micro_batches} micro-batches of equal size")
     grad_fn = jax.value_and_grad(loss_sums, has_aux=True)
 
-    def one(part: Batch) -> Any:
+    def one(params: Params, part: Batch) -> Any:
         (loss, (weight, metrics)), grads = grad_fn(params, part)
-        return loss, weight, metrics, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+        return (loss, weight, metrics), jax.tree.map(lambda g: g.astype(jnp.float32), grads)
 
-    if micro_batches == 1:
-        totals = one(batch)
-    else:
+    def totals(params: Params, batch: Batch) -> Any:
+        if micro_batches == 1:
+            return one(params, batch)
+        size = jax.tree.leaves(batch)[0].shape[0]
+        if size % micro_batches:
+            raise ValueError(f"a batch of {size} can't be split into {micro_batches} micro-batches of equal size")
         # Micro-batch i takes rows i, i + n, ...: each keeps its share of every device's rows.
         parts = jax.tree.map(
             lambda x: jnp.swapaxes(x.reshape(size // micro_batches, micro_batches, *x.shape[1:]), 0, 1), batch
         )
-        shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], parts))
+        shapes = jax.eval_shape(one, params, jax.tree.map(lambda x: x[0], parts))
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-        totals, _ = jax.lax.scan(lambda sums, part: (jax.tree.map(jnp.add, sums, one(part)), None), zeros, parts)
-    loss, weight, metrics, grads = totals
+        return jax.lax.scan(lambda sums, part: (jax.tree.map(jnp.add, sums, one(params, part)), None), zeros, parts)[0]
+
+    (loss, weight, metrics), grads = (totals if spread is None else spread(totals))(params, batch)
     whole = jnp.maximum(weight, 1e-8)
     grads = jax.tree.map(lambda g: g / whole, grads)
     figures = {name: total / jnp.maximum(count, 1e-8) for name, (total, count) in metrics.items()}
@@ -127,17 +132,21 @@ def apply_gradients(state: TrainState, grads: Params, optimizer: optax.GradientT
 
 
 def make_train_step(
-    loss_sums: LossSums, optimizer: optax.GradientTransformation, micro_batches: int = 1, state_shardings: Any = None
+    loss_sums: LossSums,
+    optimizer: optax.GradientTransformation,
+    micro_batches: int = 1,
+    state_shardings: Any = None,
+    spread: Spread | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """A jitted step (state, batch) -> (state, metrics); the state's memory is donated.
 
     Metrics are float32 scalars: those of `accumulate_gradients` and `grad_norm`, before clipping. With
     `state_shardings`, a tree like the state's, the new state lies as the old one did; else the compiler may spell its
-    shardings otherwise, and the second step is compiled anew.
+    shardings otherwise, and the second step is compiled anew. `spread`: see `accumulate_gradients`.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-        grads, metrics = accumulate_gradients(loss_sums, state.params, batch, micro_batches)
+        grads, metrics = accumulate_gradients(loss_sums, state.params, batch, micro_batches, spread)
         metrics["grad_norm"] = optax.tree.norm(grads)
         return apply_gradients(state, grads, optimizer), metrics
 

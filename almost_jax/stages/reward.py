@@ -20,7 +20,7 @@ from almost_jax.config import TrainingConfig
 from almost_jax.core.heads import add_head, sequence_scores
 from almost_jax.core.llama import LlamaConfig, Params
 from almost_jax.core.losses import LossTerms, pairwise_sums
-from almost_jax.core.partitioning import replicated
+from almost_jax.core.partitioning import platform, replicated
 from almost_jax.core.train import Batch, make_optimizer, make_train_step
 from almost_jax.errors import InputError
 from almost_jax.io.batches import batch_indices, epoch_order, pad
@@ -31,6 +31,7 @@ from almost_jax.io.tokenizer import Tokenizer
 from almost_jax.sampling.sampler import decode_layout
 from almost_jax.sampling.scoring import score_sequences
 from almost_jax.stages.dialogues import dialogue_tokens, text_tokens
+from almost_jax.stages.execution import placed_for_training, training_shape, training_spread
 from almost_jax.stages.pair_figures import pair_figures
 from almost_jax.stages.templates import Turn, render
 from almost_jax.stages.training import LENGTH_MULTIPLE, count_steps, fit, fixed_length, fresh_state, shardings_of
@@ -220,7 +221,7 @@ def train_reward_model(
     def scores(params: Params, texts: Sequence[str]) -> np.ndarray:
         if not texts:
             return np.zeros((0,), np.float32)
-        flat, config = decode_layout(params, source.config, jax.default_backend())
+        flat, config = decode_layout(params, source.config, platform())
         sequences = [rows[text] for text in texts]
         return score_sequences(flat, config, sequences, batch_size=2 * batch_size, multiple=length)
 
@@ -233,11 +234,14 @@ def train_reward_model(
 
     total_steps = count_steps(training, len(train))
     optimizer = make_optimizer(training.optimizer, total_steps)
-    loss_sums = functools.partial(pair_loss_sums, config=source.config, margin=margin, centering=centering)
-    with jax.set_mesh(run.mesh):
-        params = start_params(source, run.seed(f"{name}/head"), run.mesh)
-        state = fresh_state(params, optimizer, run.mesh)
-        train_step = make_train_step(loss_sums, optimizer, training.micro_batches, shardings_of(state))
+    settings, mesh = run.config.mesh, run.mesh
+    shape = training_shape(source.config, settings, mesh)
+    loss_sums = functools.partial(pair_loss_sums, config=shape, margin=margin, centering=centering)
+    with jax.set_mesh(mesh):
+        params = start_params(source, run.seed(f"{name}/head"), mesh)
+        state = fresh_state(placed_for_training(params, source.config, settings, mesh), optimizer, mesh)
+        spread = training_spread(settings, mesh, shardings_of(state.params))
+        train_step = make_train_step(loss_sums, optimizer, training.micro_batches, shardings_of(state), spread)
         state = fit(run, name, state, train_step, batch_at, total_steps, training, evaluate)
         reference = reference_texts(train, reference_samples, run.seed(f"{name}/reference"))
         mean, std = reward_moments(scores(state.params, reference))
@@ -290,7 +294,7 @@ def pair_loss_sums(
         Sum of losses, number of pairs, metrics.
     """
     batch_size, _, length = batch["tokens"].shape
-    flat, config = decode_layout(params, config, jax.default_backend())
+    flat, config = decode_layout(params, config, platform())
     scores: Array = sequence_scores(
         flat, config, batch["tokens"].reshape(2 * batch_size, length), batch["lengths"].reshape(2 * batch_size)
     ).reshape(batch_size, 2)

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from almost_jax.config import MeshConfig
 from almost_jax.core.heads import add_head
 from almost_jax.core.losses import length_mask
-from almost_jax.core.partitioning import replicated
+from almost_jax.core.partitioning import platform, replicated
 from almost_jax.errors import InputError
 from almost_jax.io.batches import batch_indices, epoch_order, pad
 from almost_jax.io.checkpoints import Checkpoints
@@ -27,6 +28,7 @@ from almost_jax.io.run import Run
 from almost_jax.sampling.rules import SamplingRules
 from almost_jax.sampling.sampler import Samples, decode_layout, sample
 from almost_jax.stages.dialogues import prompt_tokens
+from almost_jax.stages.execution import placed_for_training, training_shape, training_spread
 from almost_jax.stages.prompting import sampling_rules
 from almost_jax.stages.reward import load_reward_model
 from almost_jax.stages.rollouts import Players, experience, judge
@@ -103,8 +105,13 @@ def run_stage(run: Run) -> dict[str, Any]:
         shown = _records_until(run, start)
         metrics = run.metrics(NAME, start)
         stack.callback(metrics.close)
+        settings, placement = run.config.mesh, shardings_of(state)
+        learners = training_players(actors.players, settings, run.mesh)
+        spread = training_spread(
+            settings, run.mesh, {"policy": placement.policy.params, "critic": placement.critic.params}
+        )
         warming, training = (
-            make_update(actors.players, ppo, policy_optimizer, critic_optimizer, trains, shardings_of(state))
+            make_update(learners, ppo, policy_optimizer, critic_optimizer, trains, placement, spread)
             for trains in (False, True)
         )
         progress = stack.enter_context(run.progress(NAME, ppo.steps, start))
@@ -159,7 +166,7 @@ def ppo_step(
     batch = place_batch({"tokens": prompts.tokens[rows], "lengths": prompts.lengths[rows]}, run.mesh)
     key = jax.random.fold_in(jax.random.key(run.seed("rlsf/samples")), step)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(rows)))
-    params, config = decode_layout(state.policy.params, actors.players.policy, jax.default_backend())
+    params, config = decode_layout(state.policy.params, actors.players.policy, platform())
     samples = sample(params, config, batch["tokens"], batch["lengths"], keys, None, actors.rules)
     rollouts = judge(
         state.policy.params,
@@ -218,6 +225,15 @@ def load_actors(run: Run) -> Actors:
     return Actors(sft, reward, players, rules)
 
 
+def training_players(players: Players, settings: MeshConfig, mesh: jax.sharding.Mesh) -> Players:
+    """The players as an update runs them, see `execution.training_shape`."""
+    return dataclasses.replace(
+        players,
+        policy=training_shape(players.policy, settings, mesh),
+        critic=training_shape(players.critic, settings, mesh),
+    )
+
+
 def load_prompts(run: Run, model: Model, max_length: int) -> Prompts:
     """The demonstrations' queries as prompts of one padded length; longer ones are dropped and counted.
 
@@ -267,9 +283,12 @@ def start_state(
     else:
         critic = add_head(actors.sft.params, actors.sft.config, jax.random.key(0), stddev=0.0)
         critic = {**critic, "score": jax.device_put(critic["score"], replicated(run.mesh))}
+    settings, mesh = run.config.mesh, run.mesh
+    policy = placed_for_training(actors.sft.params, actors.players.policy, settings, mesh)
+    critic = placed_for_training(critic, actors.players.critic, settings, mesh)
     return PpoState(
-        fresh_state(actors.sft.params, policy_optimizer, run.mesh),
-        fresh_state(critic, critic_optimizer, run.mesh),
+        fresh_state(policy, policy_optimizer, mesh),
+        fresh_state(critic, critic_optimizer, mesh),
         jax.device_put(jnp.float32(run.config.ppo.kl_coef), replicated(run.mesh)),
     )
 

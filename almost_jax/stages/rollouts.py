@@ -17,6 +17,7 @@ from almost_jax.config import PpoConfig
 from almost_jax.core.heads import sequence_scores, token_scores
 from almost_jax.core.llama import LlamaConfig, Params, hidden_states, logits
 from almost_jax.core.losses import entropy, length_mask, masked_mean, masked_var, token_logprobs, whiten, window
+from almost_jax.core.partitioning import platform
 from almost_jax.core.rl import (
     clip_scores,
     ended,
@@ -154,11 +155,10 @@ def judge(
         players: the models' shapes.
         parts: rows go through the models in so many parts, one after another, to bound memory.
     """
-    platform = jax.default_backend()
-    flat_policy, policy_config = decode_layout(policy, players.policy, platform)
-    flat_reference, _ = decode_layout(reference, players.policy, platform)
-    flat_critic, critic_config = decode_layout(critic, players.critic, platform)
-    flat_reward, reward_config = decode_layout(reward, players.reward, platform)
+    flat_policy, policy_config = decode_layout(policy, players.policy, platform())
+    flat_reference, _ = decode_layout(reference, players.policy, platform())
+    flat_critic, critic_config = decode_layout(critic, players.critic, platform())
+    flat_reward, reward_config = decode_layout(reward, players.reward, platform())
     flat = dataclasses.replace(players, policy=policy_config, critic=critic_config, reward=reward_config)
 
     def one(rows: tuple[Array, Array, Array, Array]) -> Rollouts:

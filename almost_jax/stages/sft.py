@@ -13,6 +13,7 @@ import numpy as np
 
 from almost_jax.core.llama import LlamaConfig, Params, hidden_states, logits
 from almost_jax.core.losses import LossTerms, cross_entropy_sums
+from almost_jax.core.partitioning import platform
 from almost_jax.core.train import Batch, make_optimizer, make_train_step
 from almost_jax.errors import InputError
 from almost_jax.io.batches import batch_indices, pad
@@ -22,6 +23,7 @@ from almost_jax.io.run import Run
 from almost_jax.sampling.sampler import decode_layout
 from almost_jax.stages.demonstrations import demonstration_turns, is_answered
 from almost_jax.stages.dialogues import training_tokens
+from almost_jax.stages.execution import placed_for_training, training_shape, training_spread
 from almost_jax.stages.training import count_steps, fit, fixed_length, fresh_state, shardings_of
 
 
@@ -60,10 +62,12 @@ def fine_tune(run: Run, name: str, file: str) -> dict[str, Any]:
 
     total_steps = count_steps(training, len(fitting))
     optimizer = make_optimizer(training.optimizer, total_steps)
-    loss_sums = functools.partial(sft_loss_sums, config=source.config)
-    with jax.set_mesh(run.mesh):
-        state = fresh_state(source.params, optimizer, run.mesh)
-        train_step = make_train_step(loss_sums, optimizer, training.micro_batches, shardings_of(state))
+    settings, mesh = run.config.mesh, run.mesh
+    loss_sums = functools.partial(sft_loss_sums, config=training_shape(source.config, settings, mesh))
+    with jax.set_mesh(mesh):
+        state = fresh_state(placed_for_training(source.params, source.config, settings, mesh), optimizer, mesh)
+        spread = training_spread(settings, mesh, shardings_of(state.params))
+        train_step = make_train_step(loss_sums, optimizer, training.micro_batches, shardings_of(state), spread)
         state = fit(run, name, state, train_step, batch_at, total_steps, training, None)
     save_model(
         run.path(name, "model"), dataclasses.replace(source, params=state.params, name=f"{run.config.name}/{name}")
@@ -97,6 +101,6 @@ def sft_loss_sums(params: Params, batch: Batch, *, config: LlamaConfig) -> LossT
     Returns:
         Sum of losses in nats, number of targets, metrics.
     """
-    flat, config = decode_layout(params, config, jax.default_backend())
+    flat, config = decode_layout(params, config, platform())
     states = hidden_states(flat, config, batch["tokens"])
     return cross_entropy_sums(logits(flat, config, states), batch["tokens"], batch["targets"])

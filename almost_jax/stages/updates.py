@@ -16,8 +16,10 @@ from jax import Array
 from almost_jax.config import PpoConfig
 from almost_jax.core.llama import Params
 from almost_jax.core.losses import LossTerms, length_mask
+from almost_jax.core.partitioning import platform
 from almost_jax.core.rl import policy_loss, ppo_loss, update_kl_coef, value_loss
 from almost_jax.core.train import (
+    Spread,
     TrainState,
     accumulate_gradients,
     apply_gradients,
@@ -46,11 +48,13 @@ def make_update(
     critic_optimizer: optax.GradientTransformation,
     trains_policy: bool,
     state_shardings: Any,
+    spread: Spread | None = None,
 ) -> Update:
     """A jitted update (state, experience, rows [M] int32 of the mini-batch) -> (state, figures); donates the state.
 
     Without `trains_policy` only the critic is updated (`ppo.critic_warmup_steps`). The new state lies as
-    `state_shardings` say, which are the old one's, so that nothing is compiled twice.
+    `state_shardings` say, which are the old one's, so that nothing is compiled twice. `spread`: see
+    `core.train.accumulate_gradients`.
     """
 
     def update(state: PpoState, learned: Experience, rows: Array) -> tuple[PpoState, dict[str, Array]]:
@@ -62,7 +66,7 @@ def make_update(
         def loss_sums(params: Params, part: dict[str, Array]) -> LossTerms:
             return ppo_loss_sums(params, part, players, ppo)
 
-        grads, figures = accumulate_gradients(loss_sums, params, batch, ppo.micro_batches)
+        grads, figures = accumulate_gradients(loss_sums, params, batch, ppo.micro_batches, spread)
         figures["critic_grad_norm"] = optax.tree.norm(grads["critic"])
         critic = apply_gradients(state.critic, grads["critic"], critic_optimizer)
         policy = state.policy
@@ -86,9 +90,8 @@ def ppo_loss_sums(params: Params, batch: dict[str, Array], players: Players, ppo
     Returns:
         Sum of losses, number of unmasked tokens, metrics.
     """
-    platform = jax.default_backend()
-    policy, policy_config = decode_layout(params["policy"], players.policy, platform)
-    critic, critic_config = decode_layout(params["critic"], players.critic, platform)
+    policy, policy_config = decode_layout(params["policy"], players.policy, platform())
+    critic, critic_config = decode_layout(params["critic"], players.critic, platform())
     players = dataclasses.replace(players, policy=policy_config, critic=critic_config)
     tokens, starts, responses = batch["tokens"], batch["prompt_lengths"], batch["responses"]
     mask = length_mask(batch["lengths"], responses.shape[1])

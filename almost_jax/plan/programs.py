@@ -1,0 +1,287 @@
+"""Every program that an experiment runs, as something to compile: its shapes, its shardings, no arrays.
+
+Lengths that only data can tell are taken at the limits of the config: training rows at `max_length`, prompts at
+`ppo.max_prompt_length`. Few-shot prefixes are left out of the sampling programs; their keys and values are one copy for
+a batch, and small beside it.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.experimental.layout import Format, Layout
+from jax.sharding import Mesh
+
+from almost_jax.config import ExperimentConfig, TrainingConfig
+from almost_jax.core.heads import head_axes
+from almost_jax.core.llama import (
+    LlamaConfig,
+    abstract_params,
+    empty_cache,
+    hidden_states_cached,
+    logical_axes,
+    logits,
+)
+from almost_jax.core.partitioning import RULES, partition_spec, replicated, shardings
+from almost_jax.core.train import TrainState, make_optimizer, make_train_step
+from almost_jax.plan.shapes import model_shape
+from almost_jax.sampling.rules import SamplingRules, draw
+from almost_jax.sampling.scoring import _sequence_scores
+from almost_jax.stages.execution import training_shape, training_shardings, training_spread
+from almost_jax.stages.reward import pair_loss_sums
+from almost_jax.stages.rollouts import Experience, Players
+from almost_jax.stages.sft import sft_loss_sums
+from almost_jax.stages.updates import PpoState, make_optimizers, make_update
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """Something to compile: a jitted function and the abstract arguments to lower it with.
+
+    `parameters`, `optimizer` and `cache` are bytes of its arguments on a device; `knobs` are config keys that change
+    its memory; `kv_heads` are those of its cache.
+    """
+
+    name: str
+    function: Any
+    arguments: tuple[Any, ...]
+    parameters: int
+    optimizer: int
+    cache: int
+    knobs: tuple[str, ...]
+    kv_heads: int = 0
+
+
+def program_names(config: ExperimentConfig) -> list[str]:
+    """The programs of an experiment, by the names that `build` knows."""
+    names = ["sft_step", "reward_step", "ppo_update", "score_reward"]
+    for name in _sampled(config):
+        names += [f"prefill_{name}", f"decode_{name}"]
+    return names
+
+
+def build(config: ExperimentConfig, mesh: Mesh, name: str) -> Program:
+    """One program by its name; trace it inside `jax.set_mesh` and `lowering_for`."""
+    if name == "sft_step":
+        return _sft_step(config, mesh)
+    if name == "reward_step":
+        return _reward_step(config, mesh)
+    if name == "ppo_update":
+        return _ppo_update(config, mesh)
+    if name == "score_reward":
+        return _score_reward(config, mesh)
+    kind, _, model = name.partition("_")
+    return _sampling(config, mesh, kind, model)
+
+
+def _sampled(config: ExperimentConfig) -> list[str]:
+    found = [prompted.model for prompted in config.comparisons.configurations.values()]
+    found += [config.demonstrations.assistant.model, config.demonstrations.user.model, config.sft.model]
+    return sorted(set(found), key=list(config.models).index)
+
+
+def _shape(config: ExperimentConfig, model: str) -> LlamaConfig:
+    found = model_shape(f"models.{model}", config.models[model])
+    return dataclasses.replace(found, dtype=config.compute_dtype)
+
+
+def _placed(tree: Any, placement: Any, dtype: Any = None) -> Any:
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=where), tree, placement
+    )
+
+
+def _rows(mesh: Mesh, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    spec = partition_spec(("batch", *[None] * (len(shape) - 1)))
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.sharding.NamedSharding(mesh, spec))
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes of an abstract, placed tree on one device."""
+    total = 0
+    for leaf in jax.tree.leaves(tree):
+        size = 1
+        for length in leaf.sharding.shard_shape(leaf.shape):
+            size *= length
+        total += size * jnp.dtype(leaf.dtype).itemsize
+    return total
+
+
+def _with_head(tree: Any, shape: LlamaConfig) -> Any:
+    return {**tree, "score": {"kernel": jax.ShapeDtypeStruct((shape.hidden_size,), jnp.float32)}}
+
+
+def _state(config: ExperimentConfig, mesh: Mesh, shape: LlamaConfig, optimizer: Any, head: bool) -> TrainState:
+    placement = training_shardings(shape, config.mesh, mesh, head)
+    tree = _with_head(abstract_params(shape), shape) if head else abstract_params(shape)
+    params = _placed(tree, placement, jnp.float32)
+    whole = replicated(mesh)
+    moments = optax.tree.map_params(
+        optimizer,
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        jax.eval_shape(optimizer.init, params),
+        placement,
+        transform_non_params=lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
+    )
+    step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+    return TrainState(step, params, moments)
+
+
+def _supervised(
+    config: ExperimentConfig, mesh: Mesh, name: str, model: str, training: TrainingConfig, head: bool,
+    loss: Callable[..., Any], batch: dict[str, jax.ShapeDtypeStruct],
+) -> Program:  # fmt: skip
+    shape = _shape(config, model)
+    optimizer = make_optimizer(training.optimizer, 1000)
+    state = _state(config, mesh, shape, optimizer, head)
+    placement = jax.tree.map(lambda leaf: leaf.sharding, state)
+    step = make_train_step(
+        functools.partial(loss, config=training_shape(shape, config.mesh, mesh)),
+        optimizer,
+        training.micro_batches,
+        placement,
+        training_spread(config.mesh, mesh, placement.params),
+    )
+    section = "sft" if name == "sft_step" else "reward"
+    knobs = tuple(f"{section}.training.{key}" for key in ("micro_batches", "batch_size", "max_length"))
+    return Program(
+        name, step, (state, batch), device_bytes(state.params), device_bytes(state.opt_state), 0,
+        (*knobs, "mesh.remat", "mesh.explicit", "mesh.fsdp"),
+    )  # fmt: skip
+
+
+def _sft_step(config: ExperimentConfig, mesh: Mesh) -> Program:
+    training = config.sft.training
+    shape = (training.batch_size, training.max_length)
+    batch = {"tokens": _rows(mesh, shape, jnp.int32), "targets": _rows(mesh, shape, jnp.bool_)}
+    return _supervised(config, mesh, "sft_step", config.sft.model, training, False, sft_loss_sums, batch)
+
+
+def _reward_step(config: ExperimentConfig, mesh: Mesh) -> Program:
+    settings, training = config.reward, config.reward.training
+    shape = (training.batch_size, 2, training.max_length)
+    batch = {"tokens": _rows(mesh, shape, jnp.int32), "lengths": _rows(mesh, shape[:2], jnp.int32)}
+    loss = functools.partial(pair_loss_sums, margin=settings.margin, centering=settings.centering)
+    return _supervised(config, mesh, "reward_step", settings.model, training, True, loss, batch)
+
+
+def _ppo_update(config: ExperimentConfig, mesh: Mesh) -> Program:
+    ppo = config.ppo
+    policy = _shape(config, config.sft.model)
+    critic = _shape(config, config.reward.model if ppo.critic == "reward_model" else config.sft.model)
+    policy_optimizer, critic_optimizer = make_optimizers(ppo)
+    scalar: Any = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
+    state = PpoState(
+        _state(config, mesh, policy, policy_optimizer, False),
+        _state(config, mesh, critic, critic_optimizer, True),
+        scalar,
+    )
+    placement = jax.tree.map(lambda leaf: leaf.sharding, state)
+    players = Players(
+        policy=training_shape(policy, config.mesh, mesh), critic=training_shape(critic, config.mesh, mesh),
+        reward=critic, temperature=ppo.sampling.temperature, stop_tokens=(2,), eos_id=2, reward_mean=0.0,
+        reward_std=1.0, value_shift=0.0, value_scale=1.0,
+    )  # fmt: skip
+    spread = training_spread(
+        config.mesh, mesh, {"policy": placement.policy.params, "critic": placement.critic.params}
+    )
+    update = make_update(players, ppo, policy_optimizer, critic_optimizer, True, placement, spread)
+    rows = ppo.batch_size // ppo.num_mini_batches
+    trees = (state.policy.params, state.critic.params)
+    moments = (state.policy.opt_state, state.critic.opt_state)
+    return Program(
+        "ppo_update", update, (state, _experience(config, mesh), _rows(mesh, (rows,), jnp.int32)),
+        device_bytes(trees), device_bytes(moments), 0,
+        ("ppo.micro_batches", "ppo.num_mini_batches", "ppo.batch_size", "mesh.remat", "mesh.explicit", "mesh.fsdp"),
+    )  # fmt: skip
+
+
+def _experience(config: ExperimentConfig, mesh: Mesh) -> Experience:
+    ppo = config.ppo
+    answer = ppo.sampling.max_new_tokens
+    widths: dict[str, tuple[tuple[int, ...], Any]] = {
+        "tokens": ((ppo.max_prompt_length + answer,), jnp.int32),
+        "prompt_lengths": ((), jnp.int32),
+        "lengths": ((), jnp.int32),
+        "responses": ((answer,), jnp.int32),
+    }
+    fields: dict[str, Any] = {}
+    for field in dataclasses.fields(Experience):
+        width, dtype = widths.get(field.name, ((answer,), jnp.float32))
+        fields[field.name] = _rows(mesh, (ppo.batch_size, *width), dtype)
+    return Experience(**fields)
+
+
+def _score_reward(config: ExperimentConfig, mesh: Mesh) -> Program:
+    shape = _shape(config, config.reward.model)
+    axes = {**logical_axes(shape), **head_axes()}
+    tree = _with_head(abstract_params(shape), shape)
+    params = _placed(tree, shardings(axes, mesh), jnp.dtype(config.compute_dtype))
+    rows, length = config.reward.training.batch_size, config.reward.training.max_length
+    arguments = (params, _rows(mesh, (rows, length), jnp.int32), _rows(mesh, (rows,), jnp.int32))
+    return Program(
+        "score_reward", _sequence_scores, (params, shape, *arguments[1:]), device_bytes(params), 0, 0,
+        ("reward.training.batch_size", "reward.training.max_length", "mesh.fsdp", "mesh.tensor"),
+    )  # fmt: skip
+
+
+def _sampling(config: ExperimentConfig, mesh: Mesh, kind: str, model: str) -> Program:
+    """Prefill writes a batch's prompts into the cache; decode adds one token to every row. Both own the cache."""
+    shape = _shape(config, model)
+    settings = config.demonstrations.sampling if model == config.demonstrations.assistant.model else (
+        config.comparisons.sampling
+    )
+    rows, prompt = settings.batch_size, config.ppo.max_prompt_length
+    params = _placed(abstract_params(shape), shardings(logical_axes(shape), mesh), jnp.dtype(config.compute_dtype))
+    rules = SamplingRules(
+        temperature=settings.temperature, top_p=settings.top_p, top_k=settings.top_k,
+        max_new_tokens=settings.max_new_tokens, stop_tokens=(2,),
+    )  # fmt: skip
+    cache, formats = _cache(shape, mesh, rows, prompt + settings.max_new_tokens)
+
+    def step(params: Any, cache: Any, tokens: Any, lengths: Any, keys: Any) -> Any:
+        hidden, cache = hidden_states_cached(params, shape, tokens, cache, lengths)
+        last = jnp.take_along_axis(hidden, jnp.maximum(lengths - 1, 0)[:, None, None], axis=1)
+        drawn, logprobs = draw(logits(params, shape, last)[:, 0], keys, rules)
+        return drawn, logprobs, cache
+
+    placement = jax.tree.map(lambda leaf: leaf.sharding, params)
+    function = jax.jit(
+        step,
+        donate_argnums=1,
+        in_shardings=(placement, formats, None, None, None),
+        out_shardings=(None, None, formats),
+    )
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
+    tokens = _rows(mesh, (rows, 1 if kind == "decode" else prompt), jnp.int32)
+    arguments = (params, cache, tokens, _rows(mesh, (rows,), jnp.int32), keys)
+    section = "demonstrations" if model == config.demonstrations.assistant.model else "comparisons"
+    return Program(
+        f"{kind}_{model}", function, arguments, device_bytes(params), 0, device_bytes(cache),
+        (f"{section}.sampling.batch_size", f"{section}.sampling.max_new_tokens", "mesh.tensor", "mesh.fsdp"),
+        shape.num_kv_heads,
+    )  # fmt: skip
+
+
+def _cache(shape: LlamaConfig, mesh: Mesh, rows: int, slots: int) -> tuple[Any, Any]:
+    """An abstract cache, split over rows and key/value heads, and formats that leave its layout to the compiler."""
+    tree = jax.eval_shape(lambda: empty_cache(shape, rows, slots))
+    table = dict(RULES)
+
+    def spec(leaf: Any) -> jax.sharding.PartitionSpec:
+        if leaf.ndim == 1:
+            return partition_spec(("batch",))
+        names: list[Any] = [None] * leaf.ndim
+        names[leaf.ndim - 4] = "batch"
+        heads = [i for i in range(leaf.ndim - 3, leaf.ndim - 1) if leaf.shape[i] == shape.num_kv_heads][0]
+        if shape.num_kv_heads % mesh.shape[str(table["activation_kv_heads"])] == 0:
+            names[heads] = "activation_kv_heads"
+        return partition_spec(names)
+
+    where = jax.tree.map(lambda leaf: jax.sharding.NamedSharding(mesh, spec(leaf)), tree)
+    formats = jax.tree.map(lambda leaf, s: Format(Layout.AUTO, s) if leaf.ndim > 1 else s, tree, where)
+    return _placed(tree, where), formats

@@ -1,0 +1,136 @@
+"""Compile one program for one topology and print what the compiler says of it, as one line of JSON.
+
+    python -m almost_jax.plan.worker TOPOLOGY PROGRAM < experiment.json
+
+Runs in a process of its own: libtpu is loaded here alone, and several compile at a time.
+"""
+
+import contextlib
+import json
+import re
+import sys
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh
+
+from almost_jax.config import ExperimentConfig
+from almost_jax.core.partitioning import MESH_AXES, lowering_for, mesh_sizes
+from almost_jax.errors import InputError
+from almost_jax.plan.flops import count_flops
+from almost_jax.plan.hlo import Traffic, collectives
+from almost_jax.plan.programs import Program, build
+from almost_jax.plan.topologies import Topology, parse_topology
+
+
+def topology_mesh(topology: Topology, config: ExperimentConfig) -> Mesh:
+    """The experiment's mesh over the chips of a topology that needs not be there.
+
+    Raises:
+        InputError: the mesh has another number of devices, or can't be laid onto the chips.
+    """
+    options: dict[str, Any] = {"chip_config_name": "megacore"} if topology.kind == "v4" else {}
+    try:
+        described = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **options)
+    except Exception as error:  # libtpu raises many kinds
+        raise InputError(f"topology {topology.name!r}: libtpu refuses it ({_line(error)})") from error
+    try:
+        sizes = mesh_sizes(config.mesh, len(described.devices))
+        mesh = topologies.make_mesh(described, sizes, MESH_AXES)
+    except (ValueError, NotImplementedError) as error:
+        raise InputError(f"mesh on {topology.name}: {_line(error)}") from error
+    return Mesh(mesh.devices, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def examine(config: ExperimentConfig, topology: Topology, name: str) -> dict[str, Any]:
+    """Compile a program; the figures that `plan` reports of it.
+
+    Returns:
+        "name", "fits", "peak_bytes", "argument_bytes", "temp_bytes", "memory" (parameters, optimizer, cache, rest),
+        "flops" (of all chips), "collectives", "floor_seconds", "warnings", "knobs"; all bytes of one chip.
+    """
+    mesh = topology_mesh(topology, config)
+    with lowering_for("tpu"):
+        program = build(config, mesh, name)
+        with jax.set_mesh(mesh):
+            traced = program.function.trace(*program.arguments)
+            flops = count_flops(traced.jaxpr)
+            lowered = traced.lower()
+    split = {"parameters": program.parameters, "optimizer": program.optimizer, "cache": program.cache}
+    chip = topology.chip
+    read = program.parameters + program.cache + 2 * program.optimizer
+    floor = max(flops / topology.chips / chip.peak_flops, read / chip.bandwidth)
+    report: dict[str, Any] = {"name": name, "flops": flops, "floor_seconds": floor, "knobs": list(program.knobs)}
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        needed = _needed(str(error))
+        if needed is None:
+            raise
+        return report | {
+            "fits": False, "peak_bytes": needed, "argument_bytes": None, "temp_bytes": None, "memory": split,
+            "collectives": {}, "warnings": [],
+        }  # fmt: skip
+    memory = compiled.memory_analysis()
+    peak = int(memory.peak_memory_in_bytes)
+    moved = collectives(compiled.as_text())
+    return report | {
+        "fits": peak <= chip.memory_bytes,
+        "peak_bytes": peak,
+        "argument_bytes": int(memory.argument_size_in_bytes),
+        "temp_bytes": int(memory.temp_size_in_bytes),
+        "memory": split | {"rest": peak - sum(split.values())},
+        "collectives": {kind: vars(traffic) for kind, traffic in moved.items()},
+        "warnings": warnings(config, program, moved, mesh),
+    }
+
+
+def warnings(config: ExperimentConfig, program: Program, moved: dict[str, Traffic], mesh: Mesh) -> list[str]:
+    """What is legal but likely not meant."""
+    found = []
+    trains = program.optimizer > 0
+    if trains and moved["all-reduce"].bytes > max(program.parameters, 2**27):
+        found.append(
+            f"{moved['all-reduce'].bytes / 1e9:.1f} GB are all-reduced a step; mesh.explicit reduce-scatters gradients"
+        )
+    if trains and config.mesh.explicit and config.mesh.gradient_dtype == "bfloat16":
+        found.append("gradients are summed over chips in bfloat16 (mesh.gradient_dtype)")
+    if program.cache and mesh.shape["tensor"] > 1:
+        heads = program.kv_heads % mesh.shape["tensor"]
+        if heads:
+            found.append(
+                f"{program.kv_heads} key/value heads can't be split over mesh.tensor {mesh.shape['tensor']}: the cache "
+                "is whole on each of its chips"
+            )
+    return found
+
+
+def _needed(message: str) -> int | None:
+    """The bytes that a program would have needed, from the compiler's out-of-memory message."""
+    if "RESOURCE_EXHAUSTED" not in message and "exceeds" not in message:
+        return None
+    sizes = [float(size) * {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}[unit]
+             for size, unit in re.findall(r"([\d.]+)([KMGT])\b", message)]  # fmt: skip
+    return int(max(sizes)) if sizes else None
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
+
+
+def main() -> None:
+    """The process."""
+    topology, name = parse_topology(sys.argv[1]), sys.argv[2]
+    config = ExperimentConfig.model_validate(json.load(sys.stdin))
+    try:
+        # What libraries print must not mix with the answer.
+        with contextlib.redirect_stdout(sys.stderr):
+            report = examine(config, topology, name)
+    except InputError as error:
+        report = {"name": name, "error": str(error)}
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

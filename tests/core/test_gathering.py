@@ -1,0 +1,100 @@
+"""Explicit FSDP on eight devices: the losses, gradients and updates of one; and what travels between them."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from almost_jax.config import MeshConfig, OptimizerConfig
+from almost_jax.core import llama, losses
+from almost_jax.core.attention import attention, causal_mask
+from almost_jax.core.gathering import EXPLICIT_RULES, Gather, explicitly
+from almost_jax.core.llama import LlamaConfig, Params
+from almost_jax.core.partitioning import make_mesh, shardings
+from almost_jax.core.splash import splash_attention
+from almost_jax.core.train import Batch, accumulate_gradients, init_state, make_optimizer, make_train_step
+
+CONFIG = LlamaConfig(
+    vocab_size=24, hidden_size=16, intermediate_size=24, num_layers=3, num_heads=8, num_kv_heads=4, head_dim=6,
+    initializer_range=0.3, remat=True,
+)  # fmt: skip
+
+
+def loss_sums(params: Params, batch: Batch, *, config: LlamaConfig) -> losses.LossTerms:
+    states = llama.hidden_states(params, config, batch["tokens"])
+    return losses.cross_entropy_sums(llama.logits(params, config, states), batch["tokens"], batch["targets"])
+
+
+def ragged_batch(rows: int) -> Batch:
+    rng = np.random.default_rng(3)
+    targets = np.arange(9)[None, :] < rng.integers(2, 9, rows)[:, None]
+    return {"tokens": jnp.asarray(rng.integers(0, 24, (rows, 9)), jnp.int32), "targets": jnp.asarray(targets)}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_gradients_of_explicit_fsdp_are_those_of_one_device(tied: bool, micro_batches: int) -> None:
+    config = dataclasses.replace(CONFIG, tie_embeddings=tied)
+    params, batch = llama.init_params(config, jax.random.key(1)), ragged_batch(16)
+    expected, figures = accumulate_gradients(functools.partial(loss_sums, config=config), params, batch, 1)
+
+    mesh = make_mesh(MeshConfig(data=4, fsdp=2))
+    parted = dataclasses.replace(config, gather=Gather(4, 2))
+    placement = shardings(llama.logical_axes(config), mesh, EXPLICIT_RULES)
+    specs = jax.tree.map(lambda sharding: sharding.spec, placement)
+    spread = functools.partial(explicitly, mesh=mesh, param_specs=specs)
+    placed = jax.device_put(params, placement)
+    rows = jax.device_put(batch, NamedSharding(mesh, PartitionSpec(("data", "fsdp"))))
+    found, own = jax.jit(
+        lambda params, batch: accumulate_gradients(
+            functools.partial(loss_sums, config=parted), params, batch, micro_batches, spread
+        )
+    )(placed, rows)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(expected):
+        other = functools.reduce(lambda tree, entry: tree[entry.key], path, found)
+        np.testing.assert_allclose(other, leaf, atol=2e-6, err_msg=str(path))
+    assert float(own["loss"]) == pytest.approx(float(figures["loss"]), rel=1e-6)
+    assert own.keys() == figures.keys()
+
+
+def test_explicit_step_reduce_scatters_one_axis_at_a_time_and_keeps_the_shardings() -> None:
+    mesh = make_mesh(MeshConfig(data=4, fsdp=2))
+    placement = shardings(llama.logical_axes(CONFIG), mesh, EXPLICIT_RULES)
+    specs = jax.tree.map(lambda sharding: sharding.spec, placement)
+    parted = dataclasses.replace(CONFIG, gather=Gather(4, 2))
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=0.1), 5)
+    params = jax.device_put(llama.init_params(CONFIG, jax.random.key(1)), placement)
+    whole = NamedSharding(mesh, PartitionSpec())
+    state = jax.tree.map(lambda x: jax.device_put(x, whole) if x.ndim == 0 else x, init_state(params, optimizer))
+    spread = functools.partial(explicitly, mesh=mesh, param_specs=specs)
+    step = make_train_step(
+        functools.partial(loss_sums, config=parted), optimizer, 1, jax.tree.map(lambda x: x.sharding, state), spread
+    )
+    rows = jax.device_put(ragged_batch(16), NamedSharding(mesh, PartitionSpec(("data", "fsdp"))))
+    text = step.lower(state, rows).as_text()
+    assert text.count("stablehlo.reduce_scatter") >= 2
+    after, figures = step(state, rows)
+    assert np.isfinite(float(figures["loss"]))
+    assert after.params["layers"]["mlp"]["gate"]["kernel"].sharding.spec == PartitionSpec(None, ("fsdp", "data"), None)
+
+
+def test_dimensions_that_the_mesh_cannot_split_are_named() -> None:
+    with pytest.raises(ValueError, match="'embed' of size 16 can't be split over fsdp x data = 32 devices"):
+        Gather(8, 4).local_shape((16, 4, 6), ("embed", "kv_heads", "head_dim"))
+    with pytest.raises(ValueError, match=r"mesh\.tensor is 2"):
+        explicitly(lambda params, batch: (params, batch), make_mesh(MeshConfig(tensor=2)), {})
+
+
+def test_splash_attention_equals_plain_attention() -> None:
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, 128, heads, 128)), jnp.float32) for heads in (4, 2, 2))
+    segments = jnp.asarray(np.arange(128)[None, :] >= np.array([[40], [90]]), jnp.int32)
+    mask = causal_mask(jnp.broadcast_to(jnp.arange(128)[None, :], (2, 128)), segments)
+    expected = attention(q, k, v, mask)
+    np.testing.assert_allclose(splash_attention(q, k, v, segments, interpret=True), expected, atol=2e-5)
+    with pytest.raises(ValueError, match="multiple of 128"):
+        splash_attention(q[:, :100], k[:, :100], v[:, :100], segments[:, :100])
