@@ -39,6 +39,7 @@ from almost_jax.folder import (
     write_status,
 )
 from almost_jax.inputs import Values, all_values, check_inputs, differences, values_of
+from almost_jax.io.preemption import stops_on_sigterm
 from almost_jax.io.records import write_bytes
 from almost_jax.io.run import Run
 from almost_jax.report import page
@@ -159,6 +160,7 @@ def run_experiment(
 
     Raises:
         InputError: something in the config or on disk is wrong, or another process works in the folder.
+        Preempted: SIGTERM came; the same call goes on from there.
     """
     last = len(STAGES) if until is None else _place(until) + 1
     check_inputs(config)
@@ -167,7 +169,7 @@ def run_experiment(
         mesh = make_mesh(config.mesh)
     except ValueError as error:
         raise InputError(str(error)) from error
-    with locked(directory):
+    with locked(directory), stops_on_sigterm():
         made_with = {"versions": versions(), "commit": git_commit()}
         pipeline = _Pipeline(config, directory, mesh, tensorboard, console, made_with, read_status(directory))
         write_bytes(directory / "config.yaml", dump_experiment(config).encode())

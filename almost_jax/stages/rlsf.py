@@ -23,6 +23,7 @@ from almost_jax.errors import InputError
 from almost_jax.io.batches import batch_indices, epoch_order, pad
 from almost_jax.io.checkpoints import Checkpoints
 from almost_jax.io.models import Model, load_model, save_model
+from almost_jax.io.preemption import saves_first
 from almost_jax.io.records import Record, read_records, write_records
 from almost_jax.io.run import Run
 from almost_jax.sampling.rules import SamplingRules
@@ -42,6 +43,7 @@ from almost_jax.stages.training import (
     host_figures,
     place_batch,
     shardings_of,
+    stop_if_asked,
 )
 from almost_jax.stages.updates import (
     PpoState,
@@ -85,6 +87,7 @@ def run_stage(run: Run) -> dict[str, Any]:
     Raises:
         InputError: the models don't fit together, or a config value can't work.
         TrainingDiverged: a loss, a KL or a reward is not finite.
+        Preempted: SIGTERM came; the state is saved.
     """
     ppo = run.config.ppo
     with contextlib.ExitStack() as stack:
@@ -115,6 +118,7 @@ def run_stage(run: Run) -> dict[str, Any]:
             for trains in (False, True)
         )
         progress = stack.enter_context(run.progress(NAME, ppo.steps, start))
+        stack.enter_context(saves_first())
         for step in range(start + 1, ppo.steps + 1):
             update = training if step > ppo.critic_warmup_steps else warming
             rows = batch_indices(step - 1, ppo.batch_size, len(prompts.texts), run.seed("rlsf/prompts"))
@@ -136,6 +140,7 @@ def run_stage(run: Run) -> dict[str, Any]:
             if step % ppo.checkpoint_every == 0 or last:
                 checkpoints.save(step, state, {})
             progress.advance(1, reward=figures["reward"], kl=figures["kl"])
+            stop_if_asked(run, NAME, step, state, checkpoints)
         save_model(run.path(NAME, "model"), policy_model(run, actors, state))
         metrics.close()
     final = read_records(run.path(NAME, "metrics.jsonl"))[-1]

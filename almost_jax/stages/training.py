@@ -18,6 +18,7 @@ from almost_jax.core.train import Batch, TrainState, learning_rate_schedule
 from almost_jax.errors import InputError, TrainingDiverged
 from almost_jax.io.batches import bucket_length
 from almost_jax.io.checkpoints import Checkpoints
+from almost_jax.io.preemption import Preempted, asked_to_stop, saves_first
 from almost_jax.io.run import Run
 
 HostBatch: TypeAlias = Mapping[str, np.ndarray]
@@ -102,6 +103,22 @@ def host_figures(name: str, step: int, figures: Mapping[str, Any], checkpoints: 
     return values
 
 
+def stop_if_asked(run: Run, name: str, step: int, state: Any, checkpoints: Checkpoints) -> None:
+    """After SIGTERM: save the state of this step, unless that is done already, and end the process.
+
+    Nothing but the state is written, so records are those of a run that was never stopped.
+
+    Raises:
+        Preempted: SIGTERM came.
+    """
+    if not asked_to_stop():
+        return
+    if step not in checkpoints.steps():
+        checkpoints.save(step, state, {})
+    run.say(f"{name}: asked to stop; step {step} is saved, the same command goes on from there")
+    raise Preempted
+
+
 def checkpoint_folder(run: Run, name: str) -> Path:
     """Where a stage keeps its training state."""
     return run.path(name) / "checkpoints"
@@ -138,6 +155,7 @@ def fit(
     Raises:
         TrainingDiverged: a figure is not finite.
         InputError: the batch can't be split over the mesh, or the checkpoint has other shapes.
+        Preempted: SIGTERM came; the state is saved.
     """
     schedule = learning_rate_schedule(training.optimizer, total_steps)
     with contextlib.ExitStack() as stack:
@@ -151,11 +169,13 @@ def fit(
         metrics = run.metrics(name, start)
         stack.callback(metrics.close)
         progress = stack.enter_context(run.progress(name, total_steps, start))
+        stack.enter_context(saves_first())
         for step in range(start + 1, total_steps + 1):
             state, on_device = train_step(state, place_batch(batch_at(step - 1), run.mesh))
             saves = step % training.checkpoint_every == 0 or step == total_steps
             if not saves and step % training.log_every:
                 progress.advance(1)
+                stop_if_asked(run, name, step, state, checkpoints)
                 continue
             figures = host_figures(name, step, on_device, checkpoints)
             figures["learning_rate"] = float(schedule(step - 1))
@@ -165,4 +185,5 @@ def fit(
             if saves:
                 checkpoints.save(step, state, {})
             progress.advance(1, loss=figures["loss"])
+            stop_if_asked(run, name, step, state, checkpoints)
     return state

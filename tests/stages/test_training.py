@@ -1,6 +1,8 @@
 """The training loop: exact resume, divergence, batches that don't fit the mesh."""
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from almost_jax.core.partitioning import replicated
 from almost_jax.core.train import Batch, TrainState, make_optimizer, make_train_step
 from almost_jax.errors import InputError, TrainingDiverged
 from almost_jax.io.batches import batch_indices
+from almost_jax.io.preemption import Preempted, stops_on_sigterm
 from almost_jax.io.run import Run
 from almost_jax.stages import training
 
@@ -87,6 +90,53 @@ def test_28_a_stop_at_any_step_and_a_resume_leave_the_same_bytes(
     lines = (tmp_path / "whole" / "line" / "metrics.jsonl").read_bytes()
     assert lines == (tmp_path / "stopped" / "line" / "metrics.jsonl").read_bytes()
     assert [json.loads(line)["step"] for line in lines.splitlines()] == [2, 3, 4, 6, 8, 9, 10]
+
+
+@pytest.mark.parametrize("stop", [0, 4, 5, 9])
+def test_28_sigterm_saves_the_step_at_work_and_the_resumed_run_is_the_same(
+    make_run: Callable[..., Run], tmp_path: Path, stop: int
+) -> None:
+    whole = fit(make_run(tmp_path / "whole"), batch_at)
+
+    def preempted(step: int) -> dict[str, np.ndarray]:
+        assert step <= stop, "no step is begun after the signal"
+        if step == stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return batch_at(step)
+
+    run = make_run(tmp_path / "stopped")
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Preempted) as caught, stops_on_sigterm():
+        fit(run, preempted)
+    assert caught.value.code == 0 and signal.getsignal(signal.SIGTERM) is before
+    assert max(int(path.name) for path in (tmp_path / "stopped/line/checkpoints").iterdir()) == stop + 1
+    asked: list[int] = []
+
+    def remembering(step: int) -> dict[str, np.ndarray]:
+        asked.append(step)
+        return batch_at(step)
+
+    resumed = fit(make_run(tmp_path / "stopped"), remembering)
+    assert asked == list(range(stop + 1, TOTAL))
+    np.testing.assert_array_equal(whole.params["kernel"], resumed.params["kernel"])
+    names = [tmp_path / name / "line" / "metrics.jsonl" for name in ("whole", "stopped")]
+    assert names[0].read_bytes() == names[1].read_bytes()
+
+
+def test_28_sigterm_stops_at_once_where_nothing_must_be_saved_and_when_it_comes_twice(
+    make_run: Callable[..., Run], tmp_path: Path
+) -> None:
+    with pytest.raises(Preempted), stops_on_sigterm():
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("went on after the signal")
+
+    def impatient(step: int) -> dict[str, np.ndarray]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("went on after the second signal")
+
+    with pytest.raises(Preempted), stops_on_sigterm():
+        fit(make_run(tmp_path), impatient)
 
 
 def test_28_a_finished_training_is_not_repeated(make_run: Callable[..., Run], tmp_path: Path) -> None:
