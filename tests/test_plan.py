@@ -1,0 +1,107 @@
+"""The planner's parts that need no TPU compiler, and (slow) the compiler itself where libtpu is installed."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from almost_jax.errors import InputError
+from almost_jax.experiments import load_experiment
+from almost_jax.plan.flops import count_flops
+from almost_jax.plan.hlo import collectives
+from almost_jax.plan.programs import program_names
+from almost_jax.plan.shapes import HUB, model_shape
+from almost_jax.plan.topologies import parse_topology
+from almost_jax.plan.worker import examine
+
+NO_LIBTPU = importlib.util.find_spec("libtpu") is None
+
+# As the TPU compiler writes it, shortened: a loop of 3 trips with a gather that runs beside computation and a
+# reduce-scatter, and one all-reduce behind it.
+TEXT = """
+%fused_computation.1 (param_0: bf16[2,8]) -> bf16[16,8] {
+  %all-gather.1 = bf16[16,8]{1,0} all-gather(%param_0), channel_id=7, dimensions={0}
+}
+
+%fused_computation.2 (param_0: bf16[2,8]) -> bf16[16,8] {
+  %all-gather.2 = bf16[16,8]{1,0} all-gather(%param_0), channel_id=7, dimensions={0}
+}
+
+%all-reduce-scatter.1 (input: f32[16,8]) -> f32[2,8] {
+  %all-reduce.1 = f32[16,8]{1,0} all-reduce(%input), channel_id=8, to_apply=%add
+}
+
+%condition (state: (s32[], f32[16,8])) -> pred[] {
+  %bound = s32[]{:T(128)} constant(3)
+}
+
+%body (state: (s32[], f32[16,8])) -> (s32[], f32[16,8]) {
+  %a = bf16[16,8]{1,0} fusion(%x), kind=kCustom, calls=%fused_computation.1
+  %b = bf16[16,8]{1,0} fusion(%x), kind=kCustom, calls=%fused_computation.2
+  %c = f32[2,8]{1,0} fusion(%y), kind=kCustom, calls=%all-reduce-scatter.1
+}
+
+ENTRY %main (x: f32[4]) -> f32[4] {
+  %loop = (s32[], f32[16,8]) while(%start), condition=%condition, body=%body
+  ROOT %total = f32[4]{0} all-reduce(%x), channel_id=9, to_apply=%add
+}
+"""
+
+
+def test_collectives_are_counted_once_a_channel_and_for_every_trip() -> None:
+    found = collectives(TEXT)
+    assert vars(found["all-gather"]) == {"count": 3, "bytes": 3 * 16 * 8 * 2, "async_bytes": 3 * 16 * 8 * 2}
+    assert vars(found["reduce-scatter"]) == {"count": 3, "bytes": 3 * 16 * 8 * 4, "async_bytes": 0}
+    assert vars(found["all-reduce"]) == {"count": 1, "bytes": 16, "async_bytes": 0}
+
+
+def test_flops_count_products_scans_and_what_remat_computes_again() -> None:
+    x, w = jnp.ones((4, 8)), jnp.ones((8, 8))
+
+    def layers(x: jax.Array, w: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda h, _: (jnp.tanh(h @ w), None), x, None, length=5)[0].sum()
+
+    product = 2 * 4 * 8 * 8
+    assert count_flops(jax.make_jaxpr(layers)(x, w)) == 5 * product
+    # Backward: two products a layer.
+    assert count_flops(jax.make_jaxpr(jax.grad(layers, argnums=(0, 1)))(x, w)) == 3 * 5 * product
+
+    def again(x: jax.Array, w: jax.Array) -> jax.Array:
+        return jax.checkpoint(lambda x, w: jnp.tanh(jnp.tanh(x @ w) @ w).sum())(x, w)
+
+    assert count_flops(jax.make_jaxpr(jax.grad(again, argnums=(0, 1)))(x, w)) >= 7 * product
+
+
+def test_topologies_that_cannot_be_are_refused_with_examples() -> None:
+    assert parse_topology("v5e:8x8").chips == 64 and parse_topology("v4:2x2x4").chip.memory_bytes > 32e9
+    for wrong in ("v5litepod:8x8", "v5e", "v5e:8", "v4:4x4", "v5e:0x8"):
+        with pytest.raises(InputError, match="v5e:8x8"):
+            parse_topology(wrong)
+
+
+def test_shapes_of_models_are_known_without_their_weights(tmp_path: Path) -> None:
+    assert HUB["huggyllama/llama-30b"].num_layers == 60
+    assert model_shape("models.small", "microworld:small").hidden_size == 64
+    with pytest.raises(InputError, match=r"models\.large: no shape is known for 'nobody/nothing'"):
+        model_shape("models.large", "nobody/nothing")
+    (tmp_path / "config.json").write_text("{", encoding="utf-8")
+    with pytest.raises(InputError, match=r"config\.json: not a config"):
+        model_shape("models.large", str(tmp_path))
+
+
+def test_every_program_of_an_experiment_has_a_name(experiments_folder: Path) -> None:
+    names = program_names(load_experiment(experiments_folder / "almost_7b.yaml", []))
+    assert {"sft_step", "reward_step", "ppo_update", "score_reward", "prefill_large", "decode_large"} <= set(names)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(NO_LIBTPU, reason="needs libtpu: pip install almost-jax[tpu]")
+@pytest.mark.parametrize("name", ["sft_step", "reward_step", "ppo_update", "score_reward", "decode_small"])
+def test_the_smallest_programs_compile_for_a_tpu(name: str, experiments_folder: Path) -> None:
+    config = load_experiment(experiments_folder / "microworld.yaml", ["mesh.data=4"])
+    report = examine(config, parse_topology("v5e:2x2"), name)
+    assert report["fits"] and 0 < report["peak_bytes"] < 4e9 and report["flops"] > 0
+    json.dumps(report)
