@@ -42,6 +42,8 @@ TEXT = """
   %a = bf16[16,8]{1,0} fusion(%x), kind=kCustom, calls=%fused_computation.1
   %b = bf16[16,8]{1,0} fusion(%x), kind=kCustom, calls=%fused_computation.2
   %c = f32[2,8]{1,0} fusion(%y), kind=kCustom, calls=%all-reduce-scatter.1
+  %d = f32[2,8]{1,0} reduce-scatter(%z), channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+  %e = f32[2,8]{1,0} reduce-scatter(%z), channel_id=1, replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
 }
 
 ENTRY %main (x: f32[4]) -> f32[4] {
@@ -51,10 +53,10 @@ ENTRY %main (x: f32[4]) -> f32[4] {
 """
 
 
-def test_collectives_are_counted_once_a_channel_and_for_every_trip() -> None:
+def test_collectives_are_counted_for_every_trip_and_once_when_asynchronous() -> None:
     found = collectives(TEXT)
     assert vars(found["all-gather"]) == {"count": 3, "bytes": 3 * 16 * 8 * 2, "async_bytes": 3 * 16 * 8 * 2}
-    assert vars(found["reduce-scatter"]) == {"count": 3, "bytes": 3 * 16 * 8 * 4, "async_bytes": 0}
+    assert vars(found["reduce-scatter"]) == {"count": 9, "bytes": 3 * (16 * 8 + 2 * 4 * 2 * 8) * 4, "async_bytes": 0}
     assert vars(found["all-reduce"]) == {"count": 1, "bytes": 16, "async_bytes": 0}
 
 

@@ -184,6 +184,7 @@ def _sweep_points(config: ExperimentConfig, topology: Topology) -> list[tuple[st
 
 def _show(console: Console, topology: Topology, reports: list[dict[str, Any]]) -> None:
     usable = topology.chip.memory_bytes
+    console = Console(width=max(console.width, 120))
     table = Table(title=f"{topology.name}: {usable / _GB:.1f} GB usable a chip", title_justify="left")
     for heading in ("program", "fits", "peak GB", "parameters", "optimizer", "cache", "gathered GB", "reduced GB",
                     "of it scattered", "floor s"):  # fmt: skip

@@ -25,7 +25,7 @@ def count_flops(jaxpr: Any) -> float:
         if name == "scan":
             inner *= params["length"]
         elif name == "shard_map":
-            inner *= math.prod(params["mesh"].shape[axis] for axis in params["manual_axes"])
+            inner *= params["mesh"].size
         elif name == "pallas_call":
             inner *= math.prod(int(size) for size in params["grid_mapping"].grid)
         elif name == "cond":

@@ -26,10 +26,10 @@ class Traffic:
 
 
 def collectives(text: str) -> dict[str, Traffic]:
-    """Count the collectives of a program once a channel and times the trips of the loops around them.
+    """Count the collectives of a program, times the trips of the loops around them.
 
     A reduce-scatter stands in the text as a fusion named all-reduce-scatter around an all-reduce of the padded array,
-    and an asynchronous collective as several fusions around copies of one operation.
+    and an asynchronous collective as several fusions around copies of one operation, of which each channel counts once.
 
     Args:
         text: of the compiled program (`compiled.as_text()`).
@@ -41,25 +41,27 @@ def collectives(text: str) -> dict[str, Traffic]:
     bodies = _computations(text)
     trips = _trips(bodies)
     found = {name: Traffic() for name in ("all-gather", "all-reduce", "reduce-scatter")}
-    seen: dict[str, tuple[str, str]] = {}
+    seen: set[tuple[str, str]] = set()
     for computation, lines in bodies.items():
         for line in lines:
             match = _OPERATION.match(line)
             if match is None:
                 continue
             kind = "reduce-scatter" if "all-reduce-scatter" in computation else match[2]
+            asynchronous = match[3] is not None or "fused" in computation
             channel = re.search(r"channel_id=(\d+)", line)
-            key = f"{kind}/{channel[1]}" if channel else f"{computation}/{line[:60]}"
-            if key in seen:
-                continue
-            seen[key] = computation, kind
+            if "fused" in computation and channel:
+                if (kind, channel[1]) in seen:
+                    continue
+                seen.add((kind, channel[1]))
             times = trips.get(computation, 1)
             size = _size(match[1], match[3] is not None)
-            fused = match[3] is not None or ("fused" in computation and kind != "reduce-scatter")
+            if match[2] == "reduce-scatter":
+                size *= _group(line)
             traffic = found.setdefault(kind, Traffic())
             traffic.count += times
             traffic.bytes += size * times
-            traffic.async_bytes += size * times * fused
+            traffic.async_bytes += size * times * asynchronous
     return found
 
 
@@ -69,9 +71,7 @@ def _computations(text: str) -> dict[str, list[str]]:
     for line in text.splitlines():
         header = _HEADER.match(line)
         if header:
-            current = bodies.setdefault(header[1], [])
-            if line.startswith("ENTRY"):
-                bodies["ENTRY"] = current
+            current = bodies.setdefault("ENTRY" if line.startswith("ENTRY") else header[1], [])
         elif line.startswith("}"):
             current = None
         elif current is not None:
@@ -104,6 +104,15 @@ def _bound(condition: list[str]) -> int:
     """A loop's trips: the largest integer constant that its condition compares with, 1 when there is none."""
     constants = [int(found) for line in condition for found in re.findall(r"s32\[\][^ ]* constant\((\d+)\)", line)]
     return max(constants, default=1) or 1
+
+
+def _group(line: str) -> int:
+    """How many devices a collective's group has."""
+    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", line)
+    if listed:
+        return listed[1].count(",") + 1
+    iota = re.search(r"replica_groups=\[\d+,(\d+)\]", line)
+    return int(iota[1]) if iota else 1
 
 
 def _size(result: str, started: bool) -> int:
