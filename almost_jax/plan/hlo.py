@@ -48,9 +48,11 @@ def collectives(text: str) -> dict[str, Traffic]:
             if match is None:
                 continue
             kind = "reduce-scatter" if "all-reduce-scatter" in computation else match[2]
-            asynchronous = match[3] is not None or "fused" in computation
+            # Named fused_computation.N or async_collective_fusion.N.
+            fused = "fused_" in computation or "_fusion" in computation
+            asynchronous = match[3] is not None or fused
             channel = re.search(r"channel_id=(\d+)", line)
-            if "fused" in computation and channel:
+            if fused and channel:
                 if (kind, channel[1]) in seen:
                     continue
                 seen.add((kind, channel[1]))
@@ -72,7 +74,7 @@ def _computations(text: str) -> dict[str, list[str]]:
         header = _HEADER.match(line)
         if header:
             current = bodies.setdefault("ENTRY" if line.startswith("ENTRY") else header[1], [])
-        elif line.startswith("}"):
+        elif line.rstrip() == "}":  # a kernel's text has lines that begin with one
             current = None
         elif current is not None:
             current.append(line)
