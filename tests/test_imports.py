@@ -24,6 +24,7 @@ RANKS = {
     "folder": 6,
     "inputs": 6,
     "pipeline": 7,
+    "plan": 7,
     "commands": 8,
     "cli": 8,
     "__main__": 9,

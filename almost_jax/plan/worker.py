@@ -90,12 +90,18 @@ def warnings(config: ExperimentConfig, program: Program, moved: dict[str, Traffi
     """What is legal but likely not meant."""
     found = []
     trains = program.optimizer > 0
-    if trains and moved["all-reduce"].bytes > max(program.parameters, 2**27):
+    # Norm scales are reduced whole either way; what counts is what comes near a gradient of every matrix.
+    if trains and not config.mesh.explicit and moved["all-reduce"].bytes > max(program.parameters, 2**27):
         found.append(
             f"{moved['all-reduce'].bytes / 1e9:.1f} GB are all-reduced a step; mesh.explicit reduce-scatters gradients"
         )
     if trains and config.mesh.explicit and config.mesh.gradient_dtype == "bfloat16":
         found.append("gradients are summed over chips in bfloat16 (mesh.gradient_dtype)")
+    if program.cache and moved["all-gather"].bytes > program.parameters:
+        found.append(
+            f"{moved['all-gather'].bytes / 1e9:.1f} GB are gathered for each call, weights mostly: to sample, split "
+            "them over mesh.tensor instead of mesh.fsdp"
+        )
     if program.cache and mesh.shape["tensor"] > 1:
         heads = program.kv_heads % mesh.shape["tensor"]
         if heads:
