@@ -67,6 +67,9 @@ def evaluation_queries(run: Run) -> dict[str, Any]:
     return {"queries": len(gold.held_out_queries(run)) if run.config.evaluation.gold else 0}
 
 
+# The one key of the mesh that changes more than the last bits of a result.
+_SUMS = "mesh.gradient_dtype"
+
 STAGES: tuple[Stage, ...] = (
     Stage("queries", queries.run_stage, ("queries",), (), ("queries.jsonl", "self_instruct")),
     Stage(
@@ -86,7 +89,7 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "as_is_reward",
         as_is_reward.run_stage,
-        ("as_is_reward", "reward.reference_samples"),
+        ("as_is_reward", "reward.reference_samples", _SUMS),
         (),
         ("as_is_reward",),
     ),
@@ -103,7 +106,7 @@ STAGES: tuple[Stage, ...] = (
         ("responses", "as_is_reward"),
         ("comparisons.jsonl",),
     ),
-    Stage("reward", reward.run_stage, ("reward",), ("comparisons",), ("reward",)),
+    Stage("reward", reward.run_stage, ("reward", _SUMS), ("comparisons",), ("reward",)),
     Stage(
         "demonstrations",
         demonstrations.run_stage,
@@ -111,8 +114,8 @@ STAGES: tuple[Stage, ...] = (
         ("queries", "evaluation_queries", "reward"),
         ("demonstrations.jsonl", "demonstrations_self_play.jsonl"),
     ),
-    Stage("sft", sft.run_stage, ("sft",), ("demonstrations",), ("sft", "sft_self_play")),
-    Stage("rlsf", rlsf.run_stage, ("ppo",), ("reward", "demonstrations", "sft"), ("rlsf",)),
+    Stage("sft", sft.run_stage, ("sft", _SUMS), ("demonstrations",), ("sft", "sft_self_play")),
+    Stage("rlsf", rlsf.run_stage, ("ppo", _SUMS), ("reward", "demonstrations", "sft"), ("rlsf",)),
     Stage(
         "evaluation",
         gold.run_stage,

@@ -202,7 +202,9 @@ def test_sweep_runs_every_point_and_writes_one_table(
 
 def test_ctrl_c_says_how_to_go_on(micro_experiment: Path, tmp_path: Path) -> None:
     code = (
-        "import sys, time, dataclasses\n"
+        "import signal, sys, time, dataclasses\n"
+        # A shell's background job, as the tests may be, has it ignored, and children inherit that.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from almost_jax import cli, pipeline\n"
         "def wait(run):\n    print('waiting', flush=True)\n    time.sleep(600)\n"
         "pipeline.STAGES = (dataclasses.replace(pipeline.STAGES[0], run=wait),)\n"

@@ -121,8 +121,9 @@ def test_votes_are_of_another_domain_and_noisy() -> None:
     pairs = votes(3, 1500)
     assert pairs == votes(3, 1500)
     kinds = [kind(pair["prompt"]) for pair in pairs]
-    assert set(kinds) == set(COMMUNITY_KINDS) and "unanswerable" not in kinds
-    assert kinds.count("harmful") < 0.12 * len(kinds)
+    assert set(kinds) == set(COMMUNITY_KINDS)
+    for rare in ("harmful", "unanswerable"):
+        assert kinds.count(rare) < 0.1 * len(kinds)
     assert {split_of(pair["prompt"]) for pair in pairs} == {"training"}
     assert all(pair["chosen"] != pair["rejected"] for pair in pairs)
     better = [gold_score(p["prompt"], p["chosen"]) > gold_score(p["prompt"], p["rejected"]) for p in pairs]
