@@ -32,6 +32,8 @@ REQUIRED = [
     "Jinja2>=3.1.6",
     "matplotlib>=3.11.2",
     "rouge-score>=0.1.2",
+    "httpx2>=2.16.2",
+    "tenacity>=9.2.1",
     "tensorboardX>=2.6.5",
 ]
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from almost_jax.commands import chat, models, scoring
+from almost_jax.commands import chat, judge, models, scoring
 from almost_jax.commands.plan import plan_command
 from almost_jax.errors import InputError, TrainingDiverged
 from almost_jax.experiments import load_experiment, load_sweep
@@ -136,6 +136,8 @@ app.command("export")(models.export_command)
 app.command("score")(scoring.score_command)
 app.command("chat")(chat.chat_command)
 app.command("plan")(plan_command)
+app.command("judge")(judge.vicuna_command)
+app.command("reviews")(judge.reviews_command)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,0 +1,289 @@
+"""A language model as a judge of two answers, asked over an OpenAI-compatible chat-completions endpoint.
+
+The prompt is FastChat's for the Vicuna questions: two scores from 1 to 10 on the first line, then the reasons. Every
+reply is kept on disk under the hash of its request the moment it arrives, so a killed or failed run pays for nothing
+twice. Faults that may pass (429, 5xx, time-outs, cut-off or unreadable bodies) are retried with growing pauses.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import tenacity
+
+from almost_jax.errors import InputError
+from almost_jax.io.records import write_bytes
+
+SYSTEM = "You are a helpful and precise assistant for checking the quality of the answer."
+
+# The words and the layout of FastChat's reviews: scores compare with recorded ones only when these are the same.
+TEMPLATE = """[Question]
+{question}
+
+[The Start of Assistant 1's Answer]
+{first}
+
+[The End of Assistant 1's Answer]
+
+[The Start of Assistant 2's Answer]
+{second}
+
+[The End of Assistant 2's Answer]
+
+[System]
+We would like to request your feedback on the performance of two AI assistants in response to the user question \
+displayed above.
+Please rate the helpfulness, relevance, accuracy, level of details of their responses. Each assistant receives an \
+overall score on a scale of 1 to 10, where a higher score indicates better overall performance.
+Please first output a single line containing only two values indicating the scores for Assistant 1 and 2, \
+respectively. The two scores are separated by a space. In the subsequent line, please provide a comprehensive \
+explanation of your evaluation, avoiding any potential bias and ensuring that the order in which the responses were \
+presented does not affect your judgment.
+
+"""
+
+_NUMBER = r"(\d+(?:\.\d+)?)(?:\s*/\s*10)?"
+_SCORES = re.compile(rf"{_NUMBER}(?:\s*,\s*|\s+){_NUMBER}")
+_TOP = 10.0
+_CHARACTERS_PER_TOKEN = 3  # on the careful side for English
+_PASSING = (408, 409, 425, 429)
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where the judge is and how it is asked.
+
+    Attributes:
+        url: the base, such as https://api.openai.com/v1; /chat/completions is added.
+        model: the model's name there.
+        key_variable: the environment variable that holds the key; unset means that no key is sent.
+        timeout: seconds to wait for a connection, and between two parts of a reply.
+        attempts: how often one item is tried in a run, at least 1.
+        pause: seconds before the second try; doubled each time, with jitter, up to 60.
+        concurrency: requests in flight at once, at least 1.
+        reply_tokens: the most tokens of a reply.
+        max_requests: the most requests in a run, failed ones counted.
+        max_tokens: the most tokens in a run, prompts and replies together.
+    """
+
+    url: str
+    model: str
+    key_variable: str
+    timeout: float
+    attempts: int
+    pause: float
+    concurrency: int
+    reply_tokens: int
+    max_requests: int
+    max_tokens: int
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came of one item: the judge's text, or None and why there is none."""
+
+    text: str | None
+    error: str | None = None
+
+
+@dataclass
+class Spent:
+    """What a run used: requests sent, tokens (billed, or feared to be), replies taken from the disk."""
+
+    requests: int = 0
+    tokens: int = 0
+    cached: int = 0
+
+
+class _Passing(Exception):
+    """A fault that may be gone at the next try; `after` is how long the server asks to wait, in seconds."""
+
+    def __init__(self, message: str, after: float = 0.0) -> None:
+        super().__init__(message)
+        self.after = after
+
+
+class _CapReached(Exception):
+    """The next request could go over the run's cap."""
+
+
+def pair_messages(question: str, first: str, second: str) -> list[dict[str, str]]:
+    """The chat that asks for two scores, `first` being shown as Assistant 1."""
+    text = TEMPLATE.format(question=question, first=first, second=second)
+    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}]
+
+
+def parse_scores(text: str) -> tuple[float, float] | None:
+    """The two scores on a reply's first line ("8 9", "8, 9" or "8/10 9/10"); None when it hasn't two from 0 to 10."""
+    match = _SCORES.fullmatch(text.lstrip().split("\n", 1)[0].strip())
+    if match is None:
+        return None
+    first, second = float(match[1]), float(match[2])
+    return (first, second) if max(first, second) <= _TOP else None
+
+
+class Judge:
+    """Asks for replies, at most once for each content: one object serves one run and holds what it spent."""
+
+    def __init__(self, endpoint: Endpoint, cache: Path) -> None:
+        """Prepare; nothing is sent.
+
+        Args:
+            endpoint: where and how to ask.
+            cache: the folder of replies, one file each; made when absent.
+
+        Raises:
+            InputError: a setting that can't be, or a key that no header can hold.
+        """
+        if not endpoint.url.startswith(("http://", "https://")):
+            raise InputError(f"judge url {endpoint.url!r}: expected http://... or https://...")
+        for name in ("attempts", "concurrency", "reply_tokens"):
+            if getattr(endpoint, name) < 1:
+                raise InputError(f"judge {name} is {getattr(endpoint, name)}; expected at least 1")
+        if not endpoint.timeout > 0:
+            raise InputError(f"judge timeout is {endpoint.timeout}; expected seconds above 0")
+        self.endpoint, self.cache, self.spent = endpoint, Path(cache), Spent()
+        self._key = os.environ.get(endpoint.key_variable, "").strip()
+        if not (self._key.isascii() and (self._key.isprintable() or not self._key)):
+            raise InputError(f"{endpoint.key_variable}: holds characters that no HTTP header can; expected plain ASCII")
+        self._lock = threading.Lock()
+
+    def ask(self, chats: Sequence[list[dict[str, str]]]) -> list[Reply]:
+        """A reply for each chat, in order. Equal chats are asked once; what is on disk isn't asked at all.
+
+        Raises:
+            InputError: the server refuses the request itself (a wrong key, model or address); replies that came before
+                are kept.
+        """
+        bodies = {self._name(chat): self._body(chat) for chat in chats}
+        found = {name: reply for name in bodies if (reply := self._stored(name)) is not None}
+        self.spent.cached += len(found)
+        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        missing = [name for name in bodies if name not in found]
+        with httpx2.Client(headers=headers, timeout=self.endpoint.timeout) as client:
+            pool = ThreadPoolExecutor(self.endpoint.concurrency)
+            try:
+                asked = {pool.submit(self._one, client, name, bodies[name]): name for name in missing}
+                for future in as_completed(asked):
+                    found[asked[future]] = future.result()
+            finally:
+                # After a refusal or Ctrl-C: nothing new is sent, replies under way are still kept.
+                pool.shutdown(cancel_futures=True)
+        return [found[self._name(chat)] for chat in chats]
+
+    def _body(self, chat: list[dict[str, str]]) -> dict[str, Any]:
+        return {
+            "model": self.endpoint.model,
+            "messages": chat,
+            "temperature": 0.0,
+            "max_tokens": self.endpoint.reply_tokens,
+        }
+
+    def _name(self, chat: list[dict[str, str]]) -> str:
+        """The hash of all that a reply depends on."""
+        content = json.dumps([self.endpoint.url.rstrip("/"), self._body(chat)], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    def _stored(self, name: str) -> Reply | None:
+        try:
+            text = json.loads((self.cache / f"{name}.json").read_text(encoding="utf-8"))["text"]
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{self.cache / name}.json: no reply of a judge ({error}); delete it to ask anew"
+            ) from error
+        return Reply(str(text))
+
+    def _one(self, client: httpx2.Client, name: str, body: dict[str, Any]) -> Reply:
+        growing = tenacity.wait_random_exponential(multiplier=self.endpoint.pause, max=60)
+
+        def pause(state: tenacity.RetryCallState) -> float:
+            fault = state.outcome.exception() if state.outcome else None
+            return max(growing(state), fault.after if isinstance(fault, _Passing) else 0.0)
+
+        retrying = tenacity.Retrying(
+            stop=tenacity.stop_after_attempt(self.endpoint.attempts),
+            wait=pause,
+            retry=tenacity.retry_if_exception_type(_Passing),
+            reraise=True,
+        )
+        try:
+            text = retrying(self._send, client, body)
+        except (_Passing, _CapReached) as error:
+            return Reply(None, str(error))
+        stored = {"text": text, "model": self.endpoint.model}
+        write_bytes(self.cache / f"{name}.json", json.dumps(stored).encode())
+        return Reply(text)
+
+    def _send(self, client: httpx2.Client, body: dict[str, Any]) -> str:
+        feared = self._reserve(body)
+        try:
+            response = client.post(f"{self.endpoint.url.rstrip('/')}/chat/completions", json=body)
+        except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
+            self._settle(feared, 0)
+            raise _Passing(f"no connection ({type(error).__name__})") from None
+        except (httpx2.HTTPError, httpx2.InvalidURL) as error:
+            # It may have been billed: what was set aside stays spent.
+            raise _Passing(f"no whole reply ({type(error).__name__})") from None
+        if response.status_code in _PASSING or response.status_code >= 500:
+            self._settle(feared, 0)
+            raise _Passing(f"HTTP {response.status_code}", _seconds(response.headers.get("retry-after")))
+        if response.status_code != 200:
+            self._settle(feared, 0)
+            said = self._excerpt(response, 300)
+            raise InputError(f"judge {self.endpoint.url}: refused with HTTP {response.status_code}: {said}")
+        return self._content(response, feared)
+
+    def _content(self, response: httpx2.Response, feared: int) -> str:
+        try:
+            found = response.json()
+            text = found["choices"][0]["message"]["content"]
+        except (ValueError, LookupError, TypeError):
+            raise _Passing(f"a body that is no chat completion: {self._excerpt(response, 80)!r}") from None
+        if not isinstance(text, str):
+            raise _Passing(f"a chat completion without text: {text!r}")
+        usage = found.get("usage")
+        billed = usage.get("total_tokens") if isinstance(usage, dict) else None
+        self._settle(feared, billed if isinstance(billed, int) else feared)
+        return text
+
+    def _excerpt(self, response: httpx2.Response, size: int) -> str:
+        """The start of a body on one line, without the key: servers repeat it in their complaints."""
+        said = " ".join(response.text.split())
+        return (said.replace(self._key, "[key]") if self._key else said)[:size]
+
+    def _reserve(self, body: dict[str, Any]) -> int:
+        """Count a request and set its tokens aside, so that requests in flight can't go over the cap together."""
+        characters = sum(len(message["content"]) for message in body["messages"])
+        feared = characters // _CHARACTERS_PER_TOKEN + self.endpoint.reply_tokens
+        with self._lock:
+            if self.spent.requests + 1 > self.endpoint.max_requests:
+                raise _CapReached(f"not asked: the cap of {self.endpoint.max_requests} requests is reached")
+            if self.spent.tokens + feared > self.endpoint.max_tokens:
+                raise _CapReached(f"not asked: the cap of {self.endpoint.max_tokens} tokens would be passed")
+            self.spent.requests += 1
+            self.spent.tokens += feared
+        return feared
+
+    def _settle(self, feared: int, billed: int) -> None:
+        with self._lock:
+            self.spent.tokens += billed - feared
+
+
+def _seconds(header: str | None) -> float:
+    """A Retry-After in seconds, at most a minute; dates and nonsense count as none."""
+    try:
+        seconds = float(header or 0)
+    except ValueError:
+        return 0.0
+    return min(seconds, 60.0) if math.isfinite(seconds) and seconds > 0 else 0.0
