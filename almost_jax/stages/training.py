@@ -175,6 +175,9 @@ def fit(
             saves = step % training.checkpoint_every == 0 or step == total_steps
             if not saves and step % training.log_every:
                 progress.advance(1)
+                if asked_to_stop():
+                    # An unlogged step's figures are looked at before its state is saved as one to go on from.
+                    host_figures(name, step, on_device, checkpoints)
                 stop_if_asked(run, name, step, state, checkpoints)
                 continue
             figures = host_figures(name, step, on_device, checkpoints)

@@ -123,6 +123,25 @@ def test_28_sigterm_saves_the_step_at_work_and_the_resumed_run_is_the_same(
     assert names[0].read_bytes() == names[1].read_bytes()
 
 
+def test_28_sigterm_at_an_unlogged_step_saves_no_state_that_is_not_finite(
+    make_run: Callable[..., Run], tmp_path: Path
+) -> None:
+    def poisoned(step: int) -> dict[str, np.ndarray]:
+        batch = batch_at(step)
+        if step == 4:  # Step 5 is neither logged nor saved by itself.
+            batch["x"] = np.full_like(batch["x"], np.nan)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return batch
+
+    with pytest.raises(TrainingDiverged, match="last good checkpoint is step 3"), stops_on_sigterm():
+        fit(make_run(tmp_path), poisoned)
+    assert [path.name for path in (tmp_path / "line/checkpoints").iterdir()] == ["3"]
+    assert (
+        fit(make_run(tmp_path), batch_at).params["kernel"]
+        == fit(make_run(tmp_path / "whole"), batch_at).params["kernel"]
+    ).all()
+
+
 def test_28_sigterm_stops_at_once_where_nothing_must_be_saved_and_when_it_comes_twice(
     make_run: Callable[..., Run], tmp_path: Path
 ) -> None:
