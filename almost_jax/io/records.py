@@ -6,7 +6,7 @@ and are refused. Lines end at a line feed alone: U+2028 and its like may stand i
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, TypeAlias
@@ -57,6 +57,23 @@ def read_records(path: Path) -> list[Record]:
     except OSError as error:
         raise InputError(f"{path}: can't be read ({error.strerror}); expected a JSON-lines file") from error
     return parse_records(data, str(path))
+
+
+def iter_records(path: Path) -> Iterator[Record]:
+    """The records of a JSON-lines file one by one, for files that need not fit into memory.
+
+    Raises:
+        InputError: as `read_records`, when the line at fault is reached.
+    """
+    try:
+        file = Path(path).open("rb")
+    except OSError as error:
+        raise InputError(f"{path}: can't be read ({error.strerror}); expected a JSON-lines file") from error
+    with file:
+        for number, line in enumerate(file, start=1):
+            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            if line.strip():
+                yield _parse(line.removesuffix(b"\n"), f"{path}, line {number}")
 
 
 def write_records(path: Path, records: Iterable[Record]) -> None:
@@ -113,11 +130,10 @@ class RecordWriter:
 
     Use as a context manager. On open the complete lines of an earlier partial file are read and a torn last line is
     cut off. Leaving the context without `finish` keeps the partial file for the next time. An existing `path` stays as
-    it is until `finish` replaces it.
+    it is until `finish` replaces it. Of what is written only the keys stay in memory.
 
     Attributes:
-        records: what is written so far, in order.
-        done: the keys of those records.
+        done: the keys of the records written so far.
     """
 
     def __init__(self, path: Path, key: Callable[[Record], str]) -> None:
@@ -129,9 +145,18 @@ class RecordWriter:
         """
         self.path = Path(path)
         self.key = key
-        self.records: list[Record] = []
         self.done: set[str] = set()
         self._file: IO[bytes] | None = None
+
+    @property
+    def records(self) -> list[Record]:
+        """What is written so far, in order, read back from the file: take `written` where it may be long."""
+        return list(self.written())
+
+    def written(self) -> Iterator[Record]:
+        """What is written so far, one by one in order, read back from the file."""
+        path = self.path if self._file is None else partial_path(self.path)
+        return iter_records(path)
 
     def __enter__(self) -> "RecordWriter":
         """Open the partial file and read what is in it.
@@ -141,10 +166,9 @@ class RecordWriter:
         """
         partial = partial_path(self.path)
         partial.parent.mkdir(parents=True, exist_ok=True)
-        data = partial.read_bytes() if partial.exists() else b""
-        self.records, size = parse_partial(data, str(partial))
         self.done = set()
-        for number, record in enumerate(self.records, start=1):
+        size = 0
+        for number, (record, length) in enumerate(_whole_lines(partial), start=1):
             try:
                 name = self.key(record)
             except KeyError as error:
@@ -152,6 +176,7 @@ class RecordWriter:
             if name in self.done:
                 raise InputError(f"{partial}, line {number}: key {name!r} stands twice; delete it to start over")
             self.done.add(name)
+            size += length
         self._file = partial.open("ab")
         self._file.truncate(size)
         return self
@@ -170,7 +195,6 @@ class RecordWriter:
             raise ValueError(f"{self.path}: a record with key {name!r} is written already")
         file.write(dump_record(record))
         file.flush()
-        self.records.append(record)
         self.done.add(name)
 
     def finish(self) -> None:
@@ -198,6 +222,25 @@ class RecordWriter:
         if self._file is None:
             raise RuntimeError(f"{self.path}: the writer isn't open; use it as a context manager, and finish once")
         return self._file
+
+
+def _whole_lines(partial: Path) -> Iterator[tuple[Record, int]]:
+    """The records of a partial file and the bytes that each takes, up to a torn last line."""
+    if not partial.exists():
+        return
+    with partial.open("rb") as file:
+        line, number = file.readline(), 1
+        while line.endswith(b"\n"):
+            following = file.readline()
+            try:
+                record = _parse(line[:-1], f"{partial}, line {number}")
+            except InputError:
+                # Damage, unless it is the last whole line: its writer was killed.
+                if following.endswith(b"\n"):
+                    raise
+                return
+            yield record, len(line)
+            line, number = following, number + 1
 
 
 def _not_json(constant: str) -> None:

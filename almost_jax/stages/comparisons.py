@@ -5,16 +5,20 @@ filters or pairs cost no new sampling. Source: ALMoST (arXiv 2305.13735), sectio
 """
 
 import dataclasses
+import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, TypeAlias
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, NoReturn, TypeAlias
 
 import jax
 import numpy as np
 
 from almost_jax.config import ComparisonsConfig, PromptedModel
 from almost_jax.errors import InputError
-from almost_jax.io.records import RecordWriter, read_records
+from almost_jax.io.records import Record, RecordWriter, iter_records, read_records
 from almost_jax.io.run import Run
 from almost_jax.stages.filters import count_verdicts, filter_pair
 from almost_jax.stages.prompting import DialogueRequest, Reply, respond
@@ -120,19 +124,19 @@ def run_responses(run: Run) -> dict[str, Any]:
     rankings(run.config.comparisons)
     queries = read_records(run.path("queries.jsonl"))
     plan = _by_model(run.config.comparisons.configurations)
-    expected = [response_key({"configuration": name, "query_id": query["id"]}) for name in plan for query in queries]
+    expected = (response_key({"configuration": name, "query_id": query["id"]}) for name in plan for query in queries)
     path = run.path("responses.jsonl")
     with RecordWriter(path, key=response_key) as writer:
-        _check_resumed([response_key(record) for record in writer.records], expected, f"{path}.partial")
-        done = len(writer.records)
-        with run.progress("responses", len(expected), done) as progress, jax.set_mesh(run.mesh):
+        _check_resumed(map(response_key, writer.written()), expected, f"{path}.partial")
+        done = len(writer.done)
+        with run.progress("responses", len(plan) * len(queries), done) as progress, jax.set_mesh(run.mesh):
             for place, name in enumerate(plan):
                 already = min(max(done - place * len(queries), 0), len(queries))
                 for record in _respond(run, name, queries, already):
                     writer.write(record)
                     progress.advance()
         writer.finish()
-    return _responses_summary(read_records(path), list(run.config.comparisons.configurations))
+    return _responses_summary(iter_records(path), list(run.config.comparisons.configurations))
 
 
 def run_stage(run: Run) -> dict[str, Any]:
@@ -146,30 +150,76 @@ def run_stage(run: Run) -> dict[str, Any]:
     """
     ranked = rankings(run.config.comparisons)
     queries = read_records(run.path("queries.jsonl"))
-    texts = _texts_by_query(read_records(run.path("responses.jsonl")), list(run.config.comparisons.configurations))
-    for query in queries:
-        if query["id"] not in texts:
-            raise InputError(f"{run.path('responses.jsonl')}: lacks responses to query {query['id']}; sample them anew")
+    responses = Responses(run.path("responses.jsonl"), list(run.config.comparisons.configurations), queries)
     chunk = run.config.as_is_reward.training.batch_size
     scorer = None
     if run.config.filters.as_is:
         scorer = RewardScorer(load_reward_model(run, "as_is_reward"), chunk)
     path = run.path("comparisons.jsonl")
-    expected = [f"{query['id']}/{ranking.better}/{ranking.worse}" for query in queries for ranking in ranked]
+    expected = (f"{query['id']}/{ranking.better}/{ranking.worse}" for query in queries for ranking in ranked)
     with RecordWriter(path, key=comparison_key) as writer:
-        _check_resumed([comparison_key(record) for record in writer.records], expected, f"{path}.partial")
-        done = len(writer.records)
-        with run.progress("comparisons", len(expected), done) as progress, jax.set_mesh(run.mesh):
+        _check_resumed(map(comparison_key, writer.written()), expected, f"{path}.partial")
+        done = len(writer.done)
+        with run.progress("comparisons", len(queries) * len(ranked), done) as progress, jax.set_mesh(run.mesh):
             # Whole chunks are scored again after a kill: what is scored together stays together.
             first = done // (chunk * len(ranked)) * chunk
             skip = done - first * len(ranked)
+            texts = islice(responses.by_query(), first, None)
             for start in range(first, len(queries), chunk):
-                for record in _compare(run, queries[start : start + chunk], texts, ranked, scorer)[skip:]:
+                part = list(zip(queries[start : start + chunk], texts, strict=False))
+                for record in _compare(run, part, ranked, scorer)[skip:]:
                     writer.write(record)
                     progress.advance()
                 skip = 0
         writer.finish()
-    return _comparisons_summary(read_records(path))
+    return _comparisons_summary(path)
+
+
+class Responses:
+    """The texts of responses.jsonl by query, read as they are needed: one query's responses are in memory at a time."""
+
+    def __init__(self, path: Path, names: Sequence[str], queries: Sequence[Mapping[str, Any]]) -> None:
+        """Find where the responses of each configuration begin, and that none is missing.
+
+        Args:
+            path: responses.jsonl, whose records stand configuration by configuration, each in the order of the queries.
+            names: the configurations to read; others are passed over.
+            queries: the records of queries.jsonl.
+
+        Raises:
+            InputError: a response is missing, or the file is in another order.
+        """
+        self._path = path
+        self._starts: dict[str, int] = {}
+        counts = dict.fromkeys(names, 0)
+        with path.open("rb") if path.is_file() else _missing(path) as file:
+            place = 0
+            for line, record in zip(file, iter_records(path), strict=False):
+                name = record["configuration"]
+                if name in counts:
+                    self._starts.setdefault(name, place)
+                    number = counts[name]
+                    if number >= len(queries) or queries[number]["id"] != record["query_id"]:
+                        raise InputError(
+                            f"{path}: configuration {name} has query {record['query_id']} where response {number + 1} "
+                            "should be; its responses are to other queries: sample them anew"
+                        )
+                    counts[name] += 1
+                place += len(line)
+        for name, count in counts.items():
+            if count < len(queries):
+                missing = queries[count]["id"]
+                raise InputError(f"{path}: lacks configuration {name}'s response to query {missing}; sample them anew")
+        self._count = len(queries)
+
+    def by_query(self) -> Iterator[dict[str, str]]:
+        """The text of every configuration, query by query in their order."""
+        with ExitStack() as stack:
+            files = {name: stack.enter_context(self._path.open("rb")) for name in self._starts}
+            for name, file in files.items():
+                file.seek(self._starts[name])
+            for _ in range(self._count):
+                yield {name: json.loads(file.readline())["text"] for name, file in files.items()}
 
 
 def response_key(record: Mapping[str, Any]) -> str:
@@ -199,9 +249,9 @@ def _by_model(configurations: Mapping[str, PromptedModel]) -> list[str]:
     return sorted(configurations, key=lambda name: models.index(configurations[name].model))
 
 
-def _check_resumed(done: Sequence[str], expected: Sequence[str], path: str) -> None:
+def _check_resumed(done: Iterable[str], expected: Iterator[str], path: str) -> None:
     """Refuse to go on from a file that holds anything but the beginning of what would be written."""
-    if list(done) != list(expected[: len(done)]):
+    if any(key != next(expected, None) for key in done):
         raise InputError(f"{path}: was begun with other queries or configurations; delete it to start anew")
 
 
@@ -237,25 +287,16 @@ def _respond(run: Run, name: str, queries: Sequence[Mapping[str, Any]], already:
             }
 
 
-def _texts_by_query(responses: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, dict[str, str]]:
-    """Query id -> configuration -> text, for queries that every configuration answered."""
-    texts: dict[str, dict[str, str]] = {}
-    for record in responses:
-        texts.setdefault(record["query_id"], {})[record["configuration"]] = record["text"]
-    return {query: {name: own[name] for name in names} for query, own in texts.items() if all(n in own for n in names)}
-
-
 def _compare(
     run: Run,
-    queries: Sequence[Mapping[str, Any]],
-    texts: Mapping[str, Mapping[str, str]],
+    answered: Sequence[tuple[Mapping[str, Any], Mapping[str, str]]],
     ranked: Sequence[Ranking],
     scorer: RewardScorer | None,
 ) -> list[dict[str, Any]]:
-    """The filtered pairs of some queries."""
-    scores: dict[str, dict[str, float]] = {query["id"]: {} for query in queries}
+    """The filtered pairs of some queries, each given with its text of every configuration."""
+    scores: dict[str, dict[str, float]] = {query["id"]: {} for query, _ in answered}
     if scorer is not None:
-        asked = [(query, text) for query in queries for text in dict.fromkeys(texts[query["id"]].values()) if text]
+        asked = [(query, text) for query, texts in answered for text in dict.fromkeys(texts.values()) if text]
         dialogues: list[list[Turn]] = [
             [{"role": "human", "text": query["text"]}, {"role": "assistant", "text": text}] for query, text in asked
         ]
@@ -263,32 +304,49 @@ def _compare(
         for (query, text), value in zip(asked, values, strict=True):
             scores[query["id"]][text] = float(value)
     records = []
-    for query in queries:
-        own = texts[query["id"]]
+    for query, own in answered:
         pairs = make_pairs(query["id"], own, scores[query["id"]], ranked)
         records += [filter_pair(pair, list(own.values()), run.config.filters) for pair in pairs]
     return records
 
 
-def _responses_summary(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Any]:
+def _missing(path: Path) -> NoReturn:
+    raise InputError(f"{path}: there is no such file; the stage responses writes it")
+
+
+def _responses_summary(records: Iterable[Record], names: Sequence[str]) -> dict[str, Any]:
     """Per configuration: mean length, and how many responses are empty or ran out of tokens."""
-    summary: dict[str, Any] = {"responses": len(records)}
-    for name in names:
-        own = [record for record in records if record["configuration"] == name]
-        summary[name] = {
-            "mean_tokens": float(np.mean([record["tokens"] for record in own])) if own else None,
-            "mean_characters": float(np.mean([len(record["text"]) for record in own])) if own else None,
-            "empty": sum(not record["text"] for record in own),
-            "unfinished": sum(record["finish"] == "length" for record in own),
-        }
-    return summary
-
-
-def _comparisons_summary(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What each filter dropped, how often the as-is model agrees, and which rules the kept pairs come from."""
-    margins = [record["as_is_margin"] for record in records if record["as_is_margin"] is not None]
+    fields = ("responses", "tokens", "characters", "empty", "unfinished")
+    sums = {name: Counter(dict.fromkeys(fields, 0)) for name in names}
+    for record in records:
+        text = record["text"]
+        own = {"responses": 1, "tokens": record["tokens"], "characters": len(text)}
+        sums[record["configuration"]].update({**own, "empty": not text, "unfinished": record["finish"] == "length"})
     return {
-        **count_verdicts(records),
-        "as_is_agreement": float(np.mean([margin > 0 for margin in margins])) if margins else None,
-        "kept_by_rule": dict(sorted(Counter(record["rule"] for record in records if record["kept"]).items())),
+        "responses": sum(own["responses"] for own in sums.values()),
+        **{
+            name: {
+                "mean_tokens": own["tokens"] / own["responses"] if own["responses"] else None,
+                "mean_characters": own["characters"] / own["responses"] if own["responses"] else None,
+                "empty": own["empty"],
+                "unfinished": own["unfinished"],
+            }
+            for name, own in sums.items()
+        },
+    }
+
+
+def _comparisons_summary(path: Path) -> dict[str, Any]:
+    """What each filter dropped, how often the as-is model agrees, and which rules the kept pairs come from."""
+    kept_by_rule: Counter[str] = Counter()
+    scored: Counter[bool] = Counter()
+    for record in iter_records(path):
+        if record["kept"]:
+            kept_by_rule[record["rule"]] += 1
+        if record["as_is_margin"] is not None:
+            scored[record["as_is_margin"] > 0] += 1
+    return {
+        **count_verdicts(iter_records(path)),
+        "as_is_agreement": scored[True] / scored.total() if scored else None,
+        "kept_by_rule": dict(sorted(kept_by_rule.items())),
     }

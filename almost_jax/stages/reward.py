@@ -25,7 +25,7 @@ from almost_jax.core.train import Batch, make_optimizer, make_train_step
 from almost_jax.errors import InputError
 from almost_jax.io.batches import batch_indices, epoch_order, pad
 from almost_jax.io.models import Model, load_model, save_model
-from almost_jax.io.records import read_records, write_bytes
+from almost_jax.io.records import iter_records, read_records, write_bytes
 from almost_jax.io.run import Run
 from almost_jax.io.tokenizer import Tokenizer
 from almost_jax.sampling.sampler import decode_layout
@@ -112,7 +112,7 @@ def run_stage(run: Run) -> dict[str, Any]:
     """Train on the kept pairs: queries.jsonl and comparisons.jsonl -> reward/model."""
     config = run.config.reward
     queries = {record["id"]: record["text"] for record in read_records(run.path("queries.jsonl"))}
-    kept = [record for record in read_records(run.path("comparisons.jsonl")) if record["kept"]]
+    kept = [record for record in iter_records(run.path("comparisons.jsonl")) if record["kept"]]
     pairs = [comparison_pair(queries, record) for record in kept]
     return train_reward_model(
         run,

@@ -54,12 +54,14 @@ def self_instruct(run: Run, query_id: Callable[[str], str]) -> dict[str, Any]:
     fingerprint = _fingerprint(config, seed, seeds)
     pool = Pool(seeds, config, query_id)
     with RecordWriter(run.path("self_instruct", "rounds.jsonl"), key=lambda record: str(record["round"])) as writer:
-        for number, record in enumerate(writer.records):
+        number_done = 0
+        for number, record in enumerate(writer.written()):
             if (record["round"], record["fingerprint"]) != (number, fingerprint):
                 raise InputError(f"{writer.path}.partial: was begun with other settings; delete it to start anew")
             pool.accepted_again(record)
+            number_done = number + 1
         with run.progress("queries", count, min(len(pool), count)) as progress, jax.set_mesh(run.mesh):
-            for number in range(len(writer.records), config.max_rounds):
+            for number in range(number_done, config.max_rounds):
                 if len(pool) >= count:
                     break
                 before = len(pool)

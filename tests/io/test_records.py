@@ -4,12 +4,13 @@ import json
 import os
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
 from almost_jax.errors import InputError
-from almost_jax.io.records import RecordWriter, partial_path, read_records, write_records
+from almost_jax.io.records import RecordWriter, iter_records, partial_path, read_records, write_records
 
 ODD = {
     "id": 'q\u2028\u2029\x85\r\n\t"\\/\x00é漢🙂',
@@ -153,3 +154,31 @@ def test_the_old_file_stays_until_finish_and_misuse_is_an_error(tmp_path: Path):
         with pytest.raises(RuntimeError, match="isn't open"):
             writer.finish()
     assert [json.loads(line) for line in path.read_text().splitlines()] == [{"id": "a"}]
+
+
+def test_a_writer_and_a_reader_keep_no_record_in_memory(tmp_path: Path):
+    path = tmp_path / "records.jsonl"
+    tracemalloc.start()
+    for _ in range(2):  # the second writer takes up what the first one left
+        with RecordWriter(path, key) as writer:
+            for number in range(len(writer.done), len(writer.done) + 400):
+                writer.write({"id": str(number), "text": "x" * 10_000})
+    with RecordWriter(path, key) as writer:
+        assert [record["id"] for record in writer.written()] == [str(number) for number in range(800)]
+        writer.finish()
+    assert sum(1 for _ in iter_records(path)) == 800
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert path.stat().st_size > 8_000_000
+    assert peak < 800_000
+
+
+def test_reading_one_by_one_equals_reading_at_once(tmp_path: Path):
+    path = tmp_path / "records.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"a": 1}\n\n  \n{"a": "x\xe2\x80\xa8y"}\r\n{"a": 3}')
+    assert list(iter_records(path)) == read_records(path)
+    path.write_bytes(b'{"a": 1}\n{"a": \n')
+    reader = iter_records(path)
+    assert next(reader) == {"a": 1}
+    with pytest.raises(InputError, match="line 2"):
+        next(reader)

@@ -1,3 +1,4 @@
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,15 @@ from almost_jax.errors import InputError
 from almost_jax.io.models import load_model, save_model
 from almost_jax.io.records import partial_path, read_records, write_records
 from almost_jax.io.run import Run
-from almost_jax.stages.comparisons import Ranking, make_pairs, rankings, rule_of_thumb, run_responses, run_stage
+from almost_jax.stages.comparisons import (
+    Ranking,
+    Responses,
+    make_pairs,
+    rankings,
+    rule_of_thumb,
+    run_responses,
+    run_stage,
+)
 from almost_jax.stages.filters import filter_pair
 from almost_jax.stages.reward import RewardScorer, load_reward_model
 
@@ -259,5 +268,37 @@ def test_missing_responses_are_refused(compared: tuple[Run, dict[str, Any]]):
     run, _ = compared
     path = run.path("responses.jsonl")
     write_records(path, read_records(path)[:-1])
-    with pytest.raises(InputError, match="responses.jsonl: lacks responses to query q23"):
+    with pytest.raises(InputError, match="responses.jsonl: lacks configuration C's response to query q23"):
         run_stage(run)
+
+
+def test_responses_are_read_query_by_query_in_little_memory(tmp_path: Path):
+    path = tmp_path / "responses.jsonl"
+    queries = [{"id": f"q{number}"} for number in range(300)]
+
+    def text(name: str, number: int) -> str:
+        return f"{name}{number} " + "long " * 2000
+
+    records = [
+        {"query_id": f"q{number}", "configuration": name, "text": text(name, number)}
+        for name in ("B", "C", "A")
+        for number in range(300)
+    ]
+    write_records(path, records)
+    del records
+    tracemalloc.start()
+    read = Responses(path, ["A", "B"], queries).by_query()
+    for number, texts in enumerate(read):
+        assert texts == {"A": text("A", number), "B": text("B", number)}
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert number == 299
+    assert path.stat().st_size > 8_000_000
+    assert peak < 800_000
+
+
+def test_responses_to_other_queries_are_refused(tmp_path: Path):
+    path = tmp_path / "responses.jsonl"
+    write_records(path, [{"query_id": query, "configuration": "A", "text": "x"} for query in ("q0", "q2")])
+    with pytest.raises(InputError, match="configuration A has query q2 where response 2 should be"):
+        Responses(path, ["A"], [{"id": "q0"}, {"id": "q1"}])
