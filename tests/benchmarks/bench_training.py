@@ -1,0 +1,83 @@
+"""Training on SmolLM2-135M in float32: SFT step, reward model step and a whole PPO iteration, ours against peers.
+
+    make bench
+    .venv/bin/python tests/benchmarks/bench_training.py [--workloads sft] [--cores 2] [--ours-only] [--quick]
+
+SFT and reward model steps against transformers on torch and Tunix's trainer; PPO against Tunix's learner with its own
+rollout (`training_tasks.py`). Seconds of whole steps, compilation apart; first losses are compared, so that all train
+the same model on the same rows; our PPO iteration also part by part; peak memory of each process. Writes
+bench_results/training.json and training.png, which git ignores.
+"""
+
+import statistics
+from typing import Any
+
+from harness import MODEL, WORK, facts, fresh_work_folder, options, run_worker, say, write_results
+from plots import plot_training
+from training_tasks import TASKS, sizes
+
+PEERS = {"torch": ("sft", "reward"), "tunix": ("sft", "reward", "ppo")}
+GOALS = {"sft": 1.25, "reward": 1.25, "ppo": 1.5}
+# Losses before the first update may differ by rounding.
+LOSS_TOLERANCE = 1e-3
+
+
+def main() -> None:
+    """Measure, print, write."""
+    given = options(__doc__ or "", TASKS)
+    fresh_work_folder()
+    base = {"model": str(MODEL), "work": str(WORK), "quick": given.quick}
+    base |= run_worker("prepare.py", base, max(given.cores), "prepare")
+    results: dict[str, Any] = {
+        "benchmark": "training",
+        **facts(),
+        "quick": given.quick,
+        "sizes": sizes(given.quick).__dict__,
+        "by_cores": {},
+    }
+    for cores in given.cores:
+        say(f"training on {cores} core{'s' * (cores > 1)}")
+        found = results["by_cores"][str(cores)] = {}
+        for task in given.workloads:
+            found[task] = measure(base, task, cores, given.ours_only)
+            show(task, found[task])
+            path = write_results("training", results)
+    plot = plot_training(results, path.with_suffix(".png"))
+    say(f"written: {path}, {plot}")
+
+
+def measure(base: dict[str, Any], task: str, cores: int, ours_only: bool) -> dict[str, Any]:
+    """A task by everyone, each in its own process."""
+    peers = [] if ours_only else [name for name, tasks in PEERS.items() if task in tasks]
+    engines = {
+        name: run_worker(f"train_{name}.py", {**base, "task": task}, cores, f"{task}_{name}_{cores}")
+        for name in ("ours", *peers)
+    }
+    first = {name: engine["losses"][0] for name, engine in engines.items() if "losses" in engine}
+    for name, loss in first.items():
+        if not abs(loss - first["ours"]) <= LOSS_TOLERANCE:
+            raise RuntimeError(f"{task}: the first loss of {name} is {loss}, ours {first['ours']}: not the same step")
+    seconds = {name: statistics.median(engine["seconds"]) for name, engine in engines.items()}
+    found: dict[str, Any] = {"engines": engines, "seconds": seconds, "first_losses": first}
+    others = {name: value for name, value in seconds.items() if name != "ours"}
+    if others:
+        best = min(others, key=others.__getitem__)
+        found |= {"ratio_to": best, "ratio": others[best] / seconds["ours"], "goal": GOALS[task]}
+    return found
+
+
+def show(task: str, found: dict[str, Any]) -> None:
+    """Print a task's figures."""
+    told = ", ".join(
+        f"{name} {seconds:.2f} s ({found['engines'][name]['peak_gb']:.1f} GB)"
+        for name, seconds in found["seconds"].items()
+    )
+    ratio = f"; {found['ratio']:.2f} x {found['ratio_to']} (goal {found['goal']})" if "ratio" in found else ""
+    say(f"  {task:8} {told}{ratio}")
+    phases = found["engines"]["ours"].get("phases")
+    if phases:
+        say(f"  {'':8} ours: " + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in phases.items()))
+
+
+if __name__ == "__main__":
+    main()

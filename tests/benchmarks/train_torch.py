@@ -1,0 +1,93 @@
+"""Worker: SFT and reward model steps by transformers on torch, in a plain loop as one writes it for speed.
+
+The faster attention implementation and the faster of torch's fused and foreach AdamW are taken, by one step of each.
+"""
+
+import itertools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from harness import serve
+from training_tasks import B1, B2, EPS, LEARNING_RATE, MAX_GRAD_NORM, WEIGHT_DECAY, head, sizes, windows
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+VARIANTS = tuple(itertools.product(("sdpa", "eager"), ("fused", "foreach")))
+
+
+def sft_loss(model: Any, rows: torch.Tensor) -> torch.Tensor:
+    """Mean next-token cross-entropy."""
+    logits = model(rows, use_cache=False).logits
+    # The targets are shifted, since a slice of the logits would copy the largest array.
+    targets = torch.nn.functional.pad(rows[:, 1:], (0, 1), value=-100)
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
+
+
+def reward_loss(model: Any, rows: torch.Tensor) -> torch.Tensor:
+    """Mean pairwise ranking loss: the first half of the rows is preferred to the second."""
+    states = model.model(rows, use_cache=False).last_hidden_state[:, -1]
+    chosen, rejected = model.score(states)[:, 0].chunk(2)
+    return torch.nn.functional.softplus(rejected - chosen).mean()
+
+
+def load(task: str, folder: str, hidden_size: int) -> Any:
+    """The model of a task in float32, with everyone's head."""
+    if task == "sft":
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float32)
+    model.score.weight.data.copy_(torch.from_numpy(head(hidden_size))[None])
+    return model
+
+
+def make_step(model: Any, loss_of: Callable[..., torch.Tensor], kind: str) -> Callable[[torch.Tensor], float]:
+    """A training step that returns its loss."""
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=LEARNING_RATE, betas=(B1, B2), eps=EPS, weight_decay=WEIGHT_DECAY, **{kind: True}
+    )
+
+    def step(rows: torch.Tensor) -> float:
+        loss = loss_of(model, rows)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM, foreach=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return float(loss)
+
+    return step
+
+
+def main(spec: dict[str, Any]) -> dict[str, Any]:
+    """Time the variants, then the faster one from the start."""
+    torch.set_num_threads(spec["cores"])
+    size, task, hidden = sizes(spec["quick"]), spec["task"], spec["shape"]["hidden_size"]
+    rows = torch.from_numpy(windows(np.load(spec["text"]), size.rows * (1 if task == "sft" else 2), size.tokens)).long()
+    loss_of = sft_loss if task == "sft" else reward_loss
+    model = load(task, spec["folder"], hidden)
+    model.train()
+    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    probes = {}
+    for attention, kind in VARIANTS:
+        model.set_attn_implementation(attention)
+        step = make_step(model, loss_of, kind)
+        step(rows)
+        begin = time.perf_counter()
+        step(rows)
+        probes[f"{attention} {kind}"] = time.perf_counter() - begin
+    best = min(probes, key=probes.__getitem__)
+    attention, kind = best.split()
+    model.set_attn_implementation(attention)
+    model.load_state_dict(start)
+    step = make_step(model, loss_of, kind)
+    losses = [step(rows)]
+    seconds = []
+    for _ in range(size.steps):
+        begin = time.perf_counter()
+        losses.append(step(rows))
+        seconds.append(time.perf_counter() - begin)
+    return {"seconds": seconds, "losses": losses, "variant": best, "probe_seconds": probes}
+
+
+if __name__ == "__main__":
+    serve(main)

@@ -1,0 +1,134 @@
+"""Worker: SFT and reward model steps by Tunix's trainer, and a whole PPO iteration by its PPO learner.
+
+SFT is its trainer's own loss. It has no reward model trainer, so that step is its model and trainer with the pairwise
+loss.
+"""
+
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from harness import serve
+from training_tasks import B1, B2, EPS, LEARNING_RATE, MAX_GRAD_NORM, WEIGHT_DECAY, sizes, windows
+from tunix.rl import rl_cluster
+from tunix.rl.ppo.ppo_learner import PPOConfig, PPOLearner
+from tunix.rl.rollout import base_rollout
+from tunix.sft.peft_trainer import PeftTrainer, TrainingConfig, TrainingInput
+from tunix_model import Identifiers, Scored, causal, load, make_mesh, scored, spare_token
+
+# No token has this id: rollouts run to their limit.
+NEVER = -1
+# The first iteration compiles, and so, in part, does the second: only the later ones count.
+ITERATIONS = 3
+
+
+def make_optimizer() -> optax.GradientTransformation:
+    """AdamW behind clipping, as everyone's."""
+    return optax.chain(
+        optax.clip_by_global_norm(MAX_GRAD_NORM),
+        optax.adamw(LEARNING_RATE, b1=B1, b2=B2, eps=EPS, weight_decay=WEIGHT_DECAY),
+    )
+
+
+def pairwise_loss(
+    model: Scored, input_tokens: jax.Array, input_mask: jax.Array, positions: jax.Array, attention_mask: jax.Array
+) -> jax.Array:
+    """Mean pairwise ranking loss, scores at the last token; rows without padding."""
+    scores, _ = model(input_tokens, positions, None, attention_mask)
+    chosen, rejected = jnp.split(scores[:, -1, 0], 2)
+    return jax.nn.softplus(rejected - chosen).mean()
+
+
+def supervised(spec: dict[str, Any]) -> dict[str, Any]:
+    """Steps of the trainer's own loop."""
+    size, task = sizes(spec["quick"]), spec["task"]
+    tokens = windows(np.load(spec["text"]), size.rows * (1 if task == "sft" else 2), size.tokens)
+    model = load(spec) if task == "sft" else scored(load(spec), spec)
+    with make_mesh():
+        trainer = PeftTrainer(model, make_optimizer(), TrainingConfig(eval_every_n_steps=10**9))
+        # Else each call of `train` would close its logs and checkpoints.
+        trainer.is_managed_externally = True
+        if task == "reward":
+            trainer.with_loss_fn(pairwise_loss)
+        positions, mask = causal(*tokens.shape)
+        trainer.with_gen_model_input_fn(
+            lambda x: {
+                "input_tokens": x.input_tokens,
+                "input_mask": x.input_mask,
+                "positions": positions,
+                "attention_mask": mask,
+            }
+        )
+        batch = TrainingInput(input_tokens=tokens, input_mask=np.ones_like(tokens))
+        losses: list[float] = []
+        seconds: list[float] = []
+        log = trainer._log_metrics
+        trainer._log_metrics = lambda loss, *rest, **named: (losses.append(float(loss)), log(loss, *rest, **named))
+        for _ in range(2 + size.steps):
+            start = time.perf_counter()
+            trainer.train([batch])
+            seconds.append(time.perf_counter() - start)
+        trainer._write_train_metrics()
+    return {"first_seconds": seconds[0], "second_seconds": seconds[1], "seconds": seconds[2:], "losses": losses}
+
+
+def ppo(spec: dict[str, Any]) -> dict[str, Any]:
+    """Iterations of the PPO learner, timed from when it asks for one batch of prompts to when it asks for the next."""
+    size, shape = sizes(spec["quick"]), spec["shape"]
+    text = np.load(spec["text"])
+    prompts = [" ".join(map(str, row)) for row in windows(text, size.prompts, size.prompt_tokens).tolist()]
+    mesh = make_mesh()
+    roles = (rl_cluster.Role.ACTOR, rl_cluster.Role.CRITIC, rl_cluster.Role.REFERENCE)
+    roles += (rl_cluster.Role.REWARD, rl_cluster.Role.ROLLOUT)
+    cluster = rl_cluster.RLCluster(
+        actor=load(spec),
+        reference=load(spec),
+        critic=scored(load(spec), spec),
+        reward=scored(load(spec), spec),
+        tokenizer=Identifiers(spare_token(text, shape["vocab_size"]), NEVER),
+        cluster_config=rl_cluster.ClusterConfig(
+            role_to_mesh=dict.fromkeys(roles, mesh),
+            training_config=rl_cluster.RLTrainingConfig(
+                actor_optimizer=make_optimizer(),
+                critic_optimizer=make_optimizer(),
+                eval_every_n_steps=10**9,
+                max_steps=10**9,
+                mini_batch_size=size.prompts,
+            ),
+            rollout_config=base_rollout.RolloutConfig(
+                max_tokens_to_generate=size.new_tokens,
+                max_prompt_length=size.prompt_tokens,
+                kv_cache_size=size.prompt_tokens + size.new_tokens,
+                temperature=1.0,
+                top_p=1.0,
+                eos_tokens=[NEVER],
+            ),
+        ),
+    )
+    learner = PPOLearner(cluster, PPOConfig(num_iterations=size.epochs, kl_method="kl"))
+    asked: list[float] = []
+
+    def batches() -> Any:
+        for _ in range(ITERATIONS):
+            asked.append(time.perf_counter())
+            yield {"prompts": np.array(prompts)}
+        asked.append(time.perf_counter())
+
+    with mesh:
+        learner.train(batches())
+    seconds = np.diff(asked).tolist()
+    steps = cluster.actor_trainer.train_steps
+    assert steps == ITERATIONS * size.epochs, f"{steps} updates of the policy in {ITERATIONS} iterations"
+    return {"first_seconds": seconds[0], "second_seconds": seconds[1], "seconds": seconds[2:]}
+
+
+def main(spec: dict[str, Any]) -> dict[str, Any]:
+    """Run the task."""
+    return ppo(spec) if spec["task"] == "ppo" else supervised(spec)
+
+
+if __name__ == "__main__":
+    serve(main)
