@@ -52,7 +52,9 @@ class MeshConfig(Section):
     One axis may be -1 and takes what is left. With `explicit`, every matrix is split over data and over fsdp, gathered
     one axis at a time where it is used, and its gradient reduce-scattered in `gradient_dtype`; the compiler decides
     otherwise. `remat` recomputes each layer in the backward pass. `attention: splash` uses that kernel on a TPU where
-    a program sees its own rows alone (`explicit`, or one device).
+    a program sees its own rows alone (`explicit`, or one device). Training and scoring apply the head to at most
+    `vocab_chunk` entries of the vocabulary at a time, so that no array of batch x length x vocabulary stands in memory;
+    0 for all at once, as smaller vocabularies are.
     """
 
     data: AxisSize = -1
@@ -62,6 +64,7 @@ class MeshConfig(Section):
     gradient_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Flag = False
     attention: Literal["plain", "splash"] = "splash"
+    vocab_chunk: NonNegativeInt = 8192
 
     @model_validator(mode="after")
     def _one_free_axis(self) -> "MeshConfig":
@@ -106,6 +109,16 @@ class OptimizerConfig(Section):
     max_grad_norm: Positive = 1.0
 
 
+class GuardsConfig(Section):
+    """What supervised training does about a loss or gradient that is NaN or infinite.
+
+    `stop` ends the stage, `skip` leaves that update out (`max_skips` in a row stop), `off` nothing.
+    """
+
+    non_finite: Literal["stop", "skip", "off"] = "stop"
+    max_skips: PositiveInt = 10
+
+
 class TrainingConfig(Section):
     """A supervised training run: SFT, the reward model, the as-is reward model.
 
@@ -118,6 +131,7 @@ class TrainingConfig(Section):
     batch_size: PositiveInt = 64
     micro_batches: PositiveInt = 1
     max_length: PositiveInt = 1024
+    guards: GuardsConfig = GuardsConfig()
     checkpoint_every: PositiveInt = 100
     log_every: PositiveInt = 10
 
@@ -275,8 +289,34 @@ class SftConfig(Section):
     training: TrainingConfig = TrainingConfig()
 
 
+class PpoGuardsConfig(Section):
+    """What PPO does about a step that goes wrong: `stop` ends the stage, `skip` leaves its updates out, `off` nothing.
+
+    `non_finite`: a reward, KL, loss or gradient that is NaN or infinite (of one mini-batch: that update alone is
+    skipped). `kl`: the mean KL from the reference, where there is one, is above `max_kl` nats a response. `entropy`:
+    the policy's mean entropy is below `min_entropy` nats a token. `length`: no response of the batch ended before
+    `max_new_tokens`; off, since a fixed length may be meant. After `max_skips` steps skipped in a row the next stops.
+    """
+
+    non_finite: Literal["stop", "skip", "off"] = "stop"
+    kl: Literal["stop", "skip", "off"] = "stop"
+    max_kl: Positive = 200.0
+    entropy: Literal["stop", "skip", "off"] = "stop"
+    min_entropy: Positive = 1e-3
+    length: Literal["stop", "skip", "off"] = "off"
+    max_skips: PositiveInt = 10
+
+
 class PpoConfig(Section):
-    """RLSF: PPO from the SFT policy against the reward model (paper stage 3)."""
+    """RLSF: PPO from the SFT policy against the reward model (paper stage 3).
+
+    `kl_in` puts the KL penalty into the reward or into the loss. `early_stop_kl` ends a step's updates at the first
+    one that finds the policy further than so many nats a token from the one that sampled (0: never). `dual_clip` 0 and
+    `cliprange_value` 0 mean none. `judge_micro_batches` splits the pass of all models over the rollouts; as the updates
+    are split when 0. The frozen models' matrices are stored in `frozen_dtype`, `compute` being `compute_dtype`, which
+    changes no bit. With a fixed `kl_coef` of 0 there is no reference in memory, and no KL is measured, unless
+    `keep_reference`. `overlap_rollouts` samples for step k + 1 before the updates of step k: off-policy by one step.
+    """
 
     steps: PositiveInt = 100
     batch_size: PositiveInt = 64
@@ -290,12 +330,15 @@ class PpoConfig(Section):
     max_prompt_length: PositiveInt = 512
     sampling: SamplingConfig = SamplingConfig()
     kl_coef: NonNegative = 0.05
+    kl_in: Literal["reward", "loss"] = "reward"
     kl_estimator: Literal["k1", "k2", "k3"] = "k1"
     kl_controller: Literal["fixed", "adaptive"] = "fixed"
     kl_target: Positive = 6.0
     kl_horizon: PositiveInt = 10000
+    early_stop_kl: NonNegative = 0.0
     cliprange: Positive = 0.2
-    cliprange_value: Positive = 0.2
+    dual_clip: NonNegative = 0.0
+    cliprange_value: NonNegative = 0.2
     vf_coef: NonNegative = 0.1
     gamma: Fraction = 1.0
     gae_lambda: Fraction = 0.95
@@ -305,6 +348,12 @@ class PpoConfig(Section):
     reward_clip: Positive = 10.0
     missing_eos_penalty: NonNegative = 1.0
     entropy_coef: NonNegative = 0.0
+    loss_average: Literal["token_mean", "sequence_mean", "fixed_length"] = "token_mean"
+    judge_micro_batches: NonNegativeInt = 0
+    frozen_dtype: Literal["compute", "float32", "bfloat16"] = "compute"
+    keep_reference: Flag = False
+    overlap_rollouts: Flag = False
+    guards: PpoGuardsConfig = PpoGuardsConfig()
     checkpoint_every: PositiveInt = 20
     log_every: PositiveInt = 1
     sample_every: PositiveInt = 20
@@ -317,9 +366,20 @@ class PpoConfig(Section):
                 f"{self.batch_size} must be divisible by num_mini_batches x micro_batches "
                 f"= {self.num_mini_batches} x {self.micro_batches}",
             )
+        if self.judge_micro_batches and self.batch_size % self.judge_micro_batches:
+            raise wrong(
+                "judge_micro_batches", f"{self.judge_micro_batches} must divide batch_size {self.batch_size}"
+            )
         if self.sampling.temperature == 0:
             raise wrong("sampling.temperature", "rollouts must be sampled; a temperature of 0 is greedy")
+        if 0 < self.dual_clip <= 1:
+            raise wrong("dual_clip", f"{self.dual_clip} would clip the old policy itself; use more than 1, or 0")
         return self
+
+    @property
+    def uses_reference(self) -> bool:
+        """Whether the reference policy is in memory: something is computed from it, or it was asked for."""
+        return self.kl_coef > 0 or self.kl_controller == "adaptive" or self.keep_reference
 
 
 class EvaluationConfig(Section):

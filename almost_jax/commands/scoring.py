@@ -1,5 +1,6 @@
 """almost-jax score: what a model thinks of given texts, token by token; a file in, a file out, resumable."""
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -49,6 +50,8 @@ def score_command(
         raise InputError(f"{out}: is the input; expected another file")
     place = make_mesh(MeshConfig()) if mesh is None else parse_mesh(mesh)
     loaded = load_model(locate(model), place, dtype)
+    shape = dataclasses.replace(loaded.config, vocab_chunk=MeshConfig().vocab_chunk)
+    loaded = dataclasses.replace(loaded, config=shape)
     # As many rows for each of the devices that batches are split over.
     rows = place.shape["data"] * place.shape["fsdp"]
     size = -(-batch_size // rows) * rows

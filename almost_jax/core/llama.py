@@ -52,7 +52,8 @@ class LlamaConfig:
 
     How a program runs, and not what it computes: `remat` recomputes each layer in the backward pass. `gather` says that
     parameters are a device's parts, inside `jax.shard_map` (see `core.gathering`). `attention` is "plain", or "splash"
-    for rows that stand alone on a TPU, whose kernel never holds a T x T array.
+    for rows that stand alone on a TPU, whose kernel never holds a T x T array. `vocab_chunk` is how many entries of the
+    vocabulary `core.vocabulary` scores at a time, 0 for all.
     """
 
     vocab_size: int
@@ -72,6 +73,7 @@ class LlamaConfig:
     remat: bool = False
     gather: Gather | None = None
     attention: str = "plain"
+    vocab_chunk: int = 0
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:

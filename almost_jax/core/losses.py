@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jax import Array
 
 # Sum of losses, (how many losses it holds, {metric: (sum, count)}): what `train.LossSums` returns.
@@ -105,7 +106,7 @@ def next_token_logprobs(logits: Array, tokens: Array, temperature: float) -> Arr
     Returns:
         [B, T] float32, at the token's own place; 0 at place 0, which nothing predicts.
     """
-    found = token_logprobs(logits, _shifted(tokens), temperature)
+    found = token_logprobs(logits, shifted(tokens), temperature)
     return jnp.pad(found[:, :-1], ((0, 0), (1, 0)))
 
 
@@ -115,27 +116,67 @@ def entropy(logits: Array, temperature: float) -> Array:
     return jax.nn.logsumexp(scaled, axis=-1) - jnp.sum(jax.nn.softmax(scaled, axis=-1) * scaled, axis=-1)
 
 
-def _shifted(x: Array) -> Array:
+@struct.dataclass
+class TokenFigures:
+    """What a distribution says of given tokens, [B, T] each.
+
+    logprobs: float32. logsumexp: float32, the log of the distribution's sum before it is normalised (z-loss squares
+    it). entropy: float32, in nats; 0 where it wasn't asked for. hits: bool, the token is more likely than any other.
+    """
+
+    logprobs: Array
+    logsumexp: Array
+    entropy: Array
+    hits: Array
+
+
+def token_figures(logits: Array, tokens: Array, temperature: float, with_entropy: bool) -> TokenFigures:
+    """The figures of given tokens from logits in one piece; `core.vocabulary` has them without such a piece.
+
+    Args:
+        logits: [B, T, V]; `logits[:, t]` is the distribution of `tokens[:, t]`.
+        tokens: [B, T] int32.
+        temperature: see `token_logprobs`.
+        with_entropy: False leaves `entropy` 0.
+    """
+    scaled = _tempered(logits, temperature)
+    chosen = jnp.take_along_axis(scaled, tokens[..., None], axis=-1)[..., 0]
+    total = jax.nn.logsumexp(scaled, axis=-1)
+    spread = entropy(logits, temperature) if with_entropy else jnp.zeros_like(total)
+    target = jnp.arange(logits.shape[-1], dtype=tokens.dtype)[None, None, :] == tokens[..., None]
+    others = jnp.max(jax.lax.stop_gradient(scaled), axis=-1, initial=-jnp.inf, where=~target)
+    return TokenFigures(chosen - total, total, spread, jax.lax.stop_gradient(chosen) > others)
+
+
+def shifted(x: Array) -> Array:
     """What stands one place further in each row of [B, T]; zero or False at the end."""
     return jnp.pad(x[:, 1:], ((0, 0), (0, 1)))
 
 
+def target_sums(figures: TokenFigures, targets: Array) -> LossTerms:
+    """Next-token cross-entropy, -log p(token t | tokens before t), over the places that `targets` selects.
+
+    Args:
+        figures: [B, T], at each place those of the next token (see `shifted`). The tokens are shifted and not the
+            hidden states or logits, which are larger.
+        targets: [B, T] bool, shifted likewise: at which places the next token is a target.
+
+    Returns:
+        Sum of losses in nats, number of targets, and the metric `accuracy` (no token is as likely as the target).
+    """
+    total, number = masked_sum(-figures.logprobs, targets), count(targets)
+    return total, (number, {"accuracy": (masked_sum(figures.hits, targets), number)})
+
+
 def cross_entropy_sums(logits: Array, tokens: Array, mask: Array) -> LossTerms:
-    """Next-token cross-entropy, -log p(token t | tokens before t), over the tokens that `mask` selects.
+    """`target_sums` from logits in one piece.
 
     Args:
         logits: [B, T, V], the model's output at the same places as `tokens`.
         tokens: [B, T] int32.
         mask: [B, T] bool over tokens: which of them are targets. Place 0 is never one.
-
-    Returns:
-        Sum of losses in nats, number of targets, and the metric `accuracy` (the target is the most likely token).
     """
-    # The targets are shifted and not the logits, whose copy would be the largest array of the program.
-    following, targets = _shifted(tokens), _shifted(mask)
-    total = masked_sum(-token_logprobs(logits, following, 1.0), targets)
-    hits = jnp.argmax(logits, axis=-1) == following
-    return total, (count(targets), {"accuracy": (masked_sum(hits, targets), count(targets))})
+    return target_sums(token_figures(logits, shifted(tokens), 1.0, with_entropy=False), shifted(mask))
 
 
 def pairwise_ranking_loss(chosen: Array, rejected: Array, margin: float) -> Array:

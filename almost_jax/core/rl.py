@@ -5,7 +5,11 @@ token included), and rows fill it from the left. Rewards, values and losses are 
 
 The order within a PPO step: `clip_scores`, `penalize_missing_end`, `kl_estimates`, `shaped_rewards`, whitening of
 rewards, `gae`, whitening of advantages (both over the whole batch, `almost_jax.core.losses.whiten`); then, per
-mini-batch, `policy_loss`, `value_loss` and `ppo_loss`; after them `update_kl_coef`.
+mini-batch, `policy_loss`, `value_loss`, `kl_loss` where the penalty is in the loss, and `ppo_loss`; after them
+`update_kl_coef`.
+
+Losses are averaged over ragged rows in one of three ways (`averaged`), always as a sum and a weight, so that micro-
+batches add up.
 """
 
 import jax
@@ -138,10 +142,49 @@ def gae(rewards: Array, values: Array, mask: Array, gamma: float, gae_lambda: fl
     return advantages, advantages + jax.lax.stop_gradient(values)
 
 
-def policy_loss(logprobs: Array, old_logprobs: Array, advantages: Array, mask: Array, cliprange: float) -> LossTerms:
+def averaged(losses: Array, mask: Array, average: str) -> tuple[Array, Array]:
+    """Losses of tokens as a sum and the weight to divide it by, of which micro-batches add up.
+
+    "token_mean": every token weighs the same, so long responses weigh more (Ouyang et al. 2022; TRL's PPO).
+    "sequence_mean": the mean over responses of each one's mean (DeepSeekMath's GRPO, Shao et al. 2024, eq. 3).
+    "fixed_length": the sum over tokens divided by responses x T, a constant, so that a token's gradient doesn't depend
+    on the length of its response or its neighbours' (Dr. GRPO, Liu et al. 2025).
+
+    Args:
+        losses: [B, T]; what lies at padding is not read.
+        mask: [B, T] bool; T is the longest that a response may be.
+        average: one of the three.
+
+    Returns:
+        Sum and weight, float32 scalars.
+
+    Raises:
+        ValueError: `average` is none of these.
+    """
+    if average == "token_mean":
+        return masked_sum(losses, mask), count(mask)
+    if average == "sequence_mean":
+        lengths = jnp.sum(mask, axis=1, dtype=jnp.float32)
+        sums = jnp.sum(losses.astype(jnp.float32), axis=1, where=mask)
+        return jnp.sum(sums / jnp.maximum(lengths, 1.0)), count(lengths > 0)
+    if average == "fixed_length":
+        return masked_sum(losses, mask), jnp.float32(mask.shape[0] * mask.shape[1])
+    raise ValueError(f"loss_average {average!r} is unknown; known: token_mean, sequence_mean, fixed_length")
+
+
+def policy_loss(
+    logprobs: Array,
+    old_logprobs: Array,
+    advantages: Array,
+    mask: Array,
+    cliprange: float,
+    dual_clip: float,
+    average: str,
+) -> LossTerms:
     """Clipped surrogate: -min(ratio A, clip(ratio, 1 - eps, 1 + eps) A) with ratio = p / p_old.
 
-    Source: Schulman et al. 2017 (PPO), eq. 7, negated so that it is minimised.
+    With a dual clip c, a negative advantage's loss is at most c |A|, however large the ratio. Source: Schulman et al.
+    2017 (PPO), eq. 7, negated so that it is minimised; Ye et al. 2020 (dual clip), eq. 5.
 
     Args:
         logprobs: [B, T] of the policy being trained, at the sampling temperature.
@@ -149,28 +192,37 @@ def policy_loss(logprobs: Array, old_logprobs: Array, advantages: Array, mask: A
         advantages: [B, T], constants.
         mask: [B, T] bool.
         cliprange: eps.
+        dual_clip: c > 1, or 0 for none.
+        average: see `averaged`.
 
     Returns:
-        Sum of losses over unmasked tokens, their number, and the metrics `policy_loss`, `ratio`, `clip_fraction` (share
-        of tokens whose clipped term is the larger loss, so that they get no gradient) and `approx_kl` (k3 of the old
-        policy against the new one).
+        Sum of losses and their weight, and metrics: `policy_loss`, and means over unmasked tokens of `ratio`,
+        `clip_fraction` (share of tokens whose clipped term is the larger loss, so that they get no gradient),
+        `dual_clip_fraction` with a dual clip, and `approx_kl` (k3 of the old policy against the new one).
     """
     log_ratio = jnp.where(mask, logprobs.astype(jnp.float32) - old_logprobs.astype(jnp.float32), 0.0)
     ratio = jnp.exp(log_ratio)
     advantages = jax.lax.stop_gradient(jnp.where(mask, advantages.astype(jnp.float32), 0.0))
     unclipped = -advantages * ratio
     clipped = -advantages * jnp.clip(ratio, 1.0 - cliprange, 1.0 + cliprange)
-    total, tokens = masked_sum(jnp.maximum(unclipped, clipped), mask), count(mask)
+    losses = jnp.maximum(unclipped, clipped)
     metrics = {
-        "policy_loss": total,
         "ratio": masked_sum(ratio, mask),
         "clip_fraction": masked_sum(clipped > unclipped, mask),
         "approx_kl": masked_sum(jnp.expm1(log_ratio) - log_ratio, mask),
     }
-    return total, (tokens, _over(tokens, metrics))
+    if dual_clip:
+        bound = -dual_clip * advantages
+        bounded = (advantages < 0) & (losses > bound)
+        losses = jnp.where(bounded, bound, losses)
+        metrics["dual_clip_fraction"] = masked_sum(bounded, mask)
+    total, weight = averaged(losses, mask, average)
+    return total, (weight, {**_over(weight, {"policy_loss": total}), **_over(count(mask), metrics)})
 
 
-def value_loss(values: Array, old_values: Array, returns: Array, mask: Array, cliprange_value: float) -> LossTerms:
+def value_loss(
+    values: Array, old_values: Array, returns: Array, mask: Array, cliprange_value: float, average: str
+) -> LossTerms:
     """0.5 max((V - R)^2, (clip(V, V_old - eps, V_old + eps) - R)^2), clipped around the rollout's values.
 
     Source: OpenAI baselines' PPO2, described in Huang et al., "The 37 Implementation Details of PPO", 2022, detail 9,
@@ -181,46 +233,86 @@ def value_loss(values: Array, old_values: Array, returns: Array, mask: Array, cl
         old_values: [B, T] of the critic at rollout, constants.
         returns: [B, T] from `gae`, constants.
         mask: [B, T] bool.
-        cliprange_value: eps.
+        cliprange_value: eps; 0 leaves the squared error unclipped.
+        average: see `averaged`.
 
     Returns:
-        Sum of losses over unmasked tokens, their number, and the metrics `value_loss`, `value` and
+        Sum of losses and their weight, and metrics: `value_loss`, and means over unmasked tokens of `value` and
         `value_clip_fraction` (share of tokens whose clipped error is the larger one).
     """
     values = jnp.where(mask, values.astype(jnp.float32), 0.0)
     old = jax.lax.stop_gradient(jnp.where(mask, old_values.astype(jnp.float32), 0.0))
     targets = jax.lax.stop_gradient(jnp.where(mask, returns.astype(jnp.float32), 0.0))
     unclipped = jnp.square(values - targets)
-    clipped = jnp.square(jnp.clip(values, old - cliprange_value, old + cliprange_value) - targets)
-    total, tokens = masked_sum(0.5 * jnp.maximum(unclipped, clipped), mask), count(mask)
-    metrics = {
-        "value_loss": total,
-        "value": masked_sum(values, mask),
-        "value_clip_fraction": masked_sum(clipped > unclipped, mask),
-    }
-    return total, (tokens, _over(tokens, metrics))
+    clipped = unclipped
+    if cliprange_value:
+        clipped = jnp.square(jnp.clip(values, old - cliprange_value, old + cliprange_value) - targets)
+    total, weight = averaged(0.5 * jnp.maximum(unclipped, clipped), mask, average)
+    metrics = {"value": masked_sum(values, mask), "value_clip_fraction": masked_sum(clipped > unclipped, mask)}
+    return total, (weight, {**_over(weight, {"value_loss": total}), **_over(count(mask), metrics)})
+
+
+def kl_loss(
+    logprobs: Array, old_logprobs: Array, reference_logprobs: Array, mask: Array, kind: str, average: str
+) -> LossTerms:
+    """KL(policy || reference) as a term of the loss, with an unbiased gradient at every update of a step.
+
+    An estimator whose value is right need not have the right gradient: under the expectation, differentiating k1 as it
+    stands gives 0, and k3 gives the gradient of KL(reference || policy) (Tang and Munos 2025). Tokens were drawn by the
+    old policy, so each estimate is weighted by ratio = p / p_old, and for k1 and k3 the gradient goes through the ratio
+    too, which makes value and gradient those of the KL. k2's own gradient is right already (d grad log p), so its
+    weight is a constant; its value is biased. As in the surrogate, prefixes are those of the old policy.
+
+    Args:
+        logprobs: [B, T] of the policy being trained, at the sampling temperature.
+        old_logprobs: [B, T] of the policy that drew the tokens.
+        reference_logprobs: [B, T] of the reference.
+        mask: [B, T] bool.
+        kind: "k1", "k2" or "k3", see `kl_estimates`.
+        average: see `averaged`.
+
+    Returns:
+        Sum of estimates and their weight, and the metric `kl_loss`.
+    """
+    def real(x: Array) -> Array:
+        return jnp.where(mask, x.astype(jnp.float32), 0.0)
+
+    logprobs = real(logprobs)
+    estimates = kl_estimates(logprobs, jax.lax.stop_gradient(real(reference_logprobs)), kind)
+    ratio = jnp.exp(logprobs - jax.lax.stop_gradient(real(old_logprobs)))
+    if kind == "k2":
+        ratio = jax.lax.stop_gradient(ratio)
+    total, weight = averaged(ratio * estimates, mask, average)
+    return total, (weight, _over(weight, {"kl_loss": total}))
 
 
 def ppo_loss(
-    policy: LossTerms, value: LossTerms, entropies: Array, mask: Array, vf_coef: float, entropy_coef: float
+    policy: LossTerms,
+    value: LossTerms,
+    entropies: Array,
+    mask: Array,
+    vf_coef: float,
+    entropy_coef: float,
+    average: str,
 ) -> LossTerms:
     """Policy loss + vf_coef x value loss - entropy_coef x entropy (Schulman et al. 2017, eq. 9, negated).
 
     Args:
         policy: from `policy_loss`.
         value: from `value_loss`, over the same mask.
-        entropies: [B, T] of the policy, from `almost_jax.core.losses.entropy`.
+        entropies: [B, T] of the policy, in nats.
         mask: [B, T] bool.
         vf_coef, entropy_coef: >= 0.
+        average: see `averaged`; the same as that of the other two.
 
     Returns:
-        The sum, the number of unmasked tokens, the metrics of both parts, and `entropy`.
+        The sum and its weight, the metrics of both parts, and `entropy`, the mean over unmasked tokens.
     """
-    spread, tokens = masked_sum(entropies, mask), count(mask)
     total = policy[0] + vf_coef * value[0]
     if entropy_coef:
-        total = total - entropy_coef * spread
-    return total, (tokens, {**policy[1][1], **value[1][1], "entropy": (spread, tokens)})
+        total = total - entropy_coef * averaged(entropies, mask, average)[0]
+    mean = _over(count(mask), {"entropy": masked_sum(entropies, mask)})
+    return total, (policy[1][0], {**policy[1][1], **value[1][1], **mean})
 
 
 def update_kl_coef(

@@ -131,24 +131,37 @@ def apply_gradients(state: TrainState, grads: Params, optimizer: optax.GradientT
     return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
 
 
+def unless(sound: Array, new: Any, old: Any) -> Any:
+    """The tree `new` where `sound` (bool scalar), else `old`, a tree like it."""
+    return jax.tree.map(lambda left, right: jnp.where(sound, left, right), new, old)
+
+
 def make_train_step(
     loss_sums: LossSums,
     optimizer: optax.GradientTransformation,
     micro_batches: int = 1,
     state_shardings: Any = None,
     spread: Spread | None = None,
+    skip_non_finite: bool = False,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """A jitted step (state, batch) -> (state, metrics); the state's memory is donated.
 
     Metrics are float32 scalars: those of `accumulate_gradients` and `grad_norm`, before clipping. With
     `state_shardings`, a tree like the state's, the new state lies as the old one did; else the compiler may spell its
-    shardings otherwise, and the second step is compiled anew. `spread`: see `accumulate_gradients`.
+    shardings otherwise, and the second step is compiled anew. `spread`: see `accumulate_gradients`. With
+    `skip_non_finite` a step whose loss or gradient is not finite leaves the state as it was, and the metric `skipped`
+    says so by 1.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         grads, metrics = accumulate_gradients(loss_sums, state.params, batch, micro_batches, spread)
         metrics["grad_norm"] = optax.tree.norm(grads)
-        return apply_gradients(state, grads, optimizer), metrics
+        new = apply_gradients(state, grads, optimizer)
+        if skip_non_finite:
+            finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+            metrics["skipped"] = (~finite).astype(jnp.float32)
+            new = unless(finite, new, state)
+        return new, metrics
 
     if state_shardings is None:
         return jax.jit(step, donate_argnums=0)

@@ -8,8 +8,8 @@ import numpy as np
 from jax import Array
 
 from almost_jax.core.heads import sequence_scores
-from almost_jax.core.llama import LlamaConfig, Params, hidden_states, logits
-from almost_jax.core.losses import token_logprobs
+from almost_jax.core.llama import LlamaConfig, Params, hidden_states
+from almost_jax.core.vocabulary import hidden_figures
 from almost_jax.sampling.padding import pad_batch
 
 _sequence_scores = jax.jit(sequence_scores, static_argnames="config")
@@ -83,8 +83,8 @@ def completion_logprobs(
 @functools.partial(jax.jit, static_argnames=("config", "temperature"))
 def _next_token_logprobs(params: Params, config: LlamaConfig, tokens: Array, temperature: float) -> Array:
     """Log-probs [B, T - 1] of tokens 1.. of each row [B, T], given what stands before them."""
-    predictions = logits(params, config, hidden_states(params, config, tokens[:, :-1]))
-    return token_logprobs(predictions, tokens[:, 1:], temperature)
+    states = hidden_states(params, config, tokens[:, :-1])
+    return hidden_figures(params, config, states, tokens[:, 1:], temperature, with_entropy=False).logprobs
 
 
 def _batches(

@@ -43,8 +43,9 @@ def training_shape(config: LlamaConfig, settings: MeshConfig, mesh: Mesh) -> Lla
     # The kernel can't be split by the compiler, so it needs every device to see its own rows alone.
     splash = settings.attention == "splash" and platform() == "tpu" and (settings.explicit or mesh.size == 1)
     return dataclasses.replace(
-        config, remat=settings.remat, gather=gather, attention="splash" if splash else "plain"
-    )
+        config, remat=settings.remat, gather=gather, attention="splash" if splash else "plain",
+        vocab_chunk=settings.vocab_chunk,
+    )  # fmt: skip
 
 
 def training_shardings(config: LlamaConfig, settings: MeshConfig, mesh: Mesh, head: bool) -> Params:

@@ -241,7 +241,8 @@ def train_reward_model(
         params = start_params(source, run.seed(f"{name}/head"), mesh)
         state = fresh_state(placed_for_training(params, source.config, settings, mesh), optimizer, mesh)
         spread = training_spread(settings, mesh, shardings_of(state.params))
-        train_step = make_train_step(loss_sums, optimizer, training.micro_batches, shardings_of(state), spread)
+        skips = training.guards.non_finite == "skip"
+        train_step = make_train_step(loss_sums, optimizer, training.micro_batches, shardings_of(state), spread, skips)
         state = fit(run, name, state, train_step, batch_at, total_steps, training, evaluate)
         reference = reference_texts(train, reference_samples, run.seed(f"{name}/reference"))
         mean, std = reward_moments(scores(state.params, reference))

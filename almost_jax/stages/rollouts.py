@@ -15,8 +15,8 @@ from jax import Array
 
 from almost_jax.config import PpoConfig
 from almost_jax.core.heads import sequence_scores, token_scores
-from almost_jax.core.llama import LlamaConfig, Params, hidden_states, logits
-from almost_jax.core.losses import entropy, length_mask, masked_mean, masked_var, token_logprobs, whiten, window
+from almost_jax.core.llama import LlamaConfig, Params, hidden_states
+from almost_jax.core.losses import length_mask, masked_mean, masked_var, whiten, window
 from almost_jax.core.partitioning import platform
 from almost_jax.core.rl import (
     clip_scores,
@@ -27,6 +27,7 @@ from almost_jax.core.rl import (
     sequence_kl,
     shaped_rewards,
 )
+from almost_jax.core.vocabulary import hidden_figures
 from almost_jax.sampling.sampler import Samples, decode_layout
 
 
@@ -55,8 +56,9 @@ class Rollouts:
     """A batch of responses and what the models say of them.
 
     tokens: [B, P + G] int32, prompt + response. prompt_lengths, lengths: [B] int32, the latter counting the response's
-    tokens, stop token included. responses: [B, G] int32. logprobs, reference_logprobs, values: [B, G] float32, at the
-    sampling temperature; meaningless beyond `lengths`. scores: [B] float32, the reward model's, not normalised.
+    tokens, stop token included. responses: [B, G] int32. logprobs, entropies, reference_logprobs, values: [B, G]
+    float32, at the sampling temperature; meaningless beyond `lengths`; no reference_logprobs where there is no
+    reference. scores: [B] float32, the reward model's, not normalised.
     """
 
     tokens: Array
@@ -64,7 +66,8 @@ class Rollouts:
     responses: Array
     lengths: Array
     logprobs: Array
-    reference_logprobs: Array
+    entropies: Array
+    reference_logprobs: Array | None
     values: Array
     scores: Array
 
@@ -118,8 +121,8 @@ def response_logprobs(
         Log-probs and entropies, [B, G] float32.
     """
     states = window(hidden_states(params, config, tokens), prompt_lengths - 1, responses.shape[1])
-    scores = logits(params, config, states)
-    return token_logprobs(scores, responses, temperature), entropy(scores, temperature)
+    figures = hidden_figures(params, config, states, responses, temperature, with_entropy=True)
+    return figures.logprobs, figures.entropy
 
 
 def response_values(
@@ -133,7 +136,7 @@ def response_values(
 @functools.partial(jax.jit, static_argnames=("players", "parts"))
 def judge(
     policy: Params,
-    reference: Params,
+    reference: Params | None,
     critic: Params,
     reward: Params,
     prompts: Array,
@@ -148,7 +151,7 @@ def judge(
     exactly 1, whatever the decoding loop's rounding.
 
     Args:
-        policy, reference, critic, reward: parameter trees, the latter two with a head.
+        policy, reference, critic, reward: parameter trees, the latter two with a head; no reference is run when None.
         prompts: [B, P] int32.
         prompt_lengths: [B] int32.
         samples: of the policy.
@@ -156,7 +159,7 @@ def judge(
         parts: rows go through the models in so many parts, one after another, to bound memory.
     """
     flat_policy, policy_config = decode_layout(policy, players.policy, platform())
-    flat_reference, _ = decode_layout(reference, players.policy, platform())
+    flat_reference = None if reference is None else decode_layout(reference, players.policy, platform())[0]
     flat_critic, critic_config = decode_layout(critic, players.critic, platform())
     flat_reward, reward_config = decode_layout(reward, players.reward, platform())
     flat = dataclasses.replace(players, policy=policy_config, critic=critic_config, reward=reward_config)
@@ -164,10 +167,14 @@ def judge(
     def one(rows: tuple[Array, Array, Array, Array]) -> Rollouts:
         prompt, prompt_length, response, length = rows
         tokens = joined(prompt, prompt_length, response, length, prompt.shape[1] + response.shape[1])
-        ours, theirs = (
-            response_logprobs(tree, flat.policy, tokens, prompt_length, response, flat.temperature)[0]
-            for tree in (flat_policy, flat_reference)
+        ours, entropies = response_logprobs(
+            flat_policy, flat.policy, tokens, prompt_length, response, flat.temperature
         )
+        theirs = None
+        if flat_reference is not None:
+            theirs = response_logprobs(
+                flat_reference, flat.policy, tokens, prompt_length, response, flat.temperature
+            )[0]
         read = reward_inputs(prompt, prompt_length, response, length, flat.stop_tokens, flat.eos_id)
         return Rollouts(
             tokens=tokens,
@@ -175,6 +182,7 @@ def judge(
             responses=response,
             lengths=length,
             logprobs=ours,
+            entropies=entropies,
             reference_logprobs=theirs,
             values=response_values(flat_critic, flat, tokens, prompt_length, response.shape[1]),
             scores=sequence_scores(flat_reward, flat.reward, *read),
@@ -188,7 +196,10 @@ def judge(
 
 @struct.dataclass
 class Experience:
-    """What updates learn from: rollouts with advantages and returns, [B, G] float32, 0 beyond `lengths`."""
+    """What updates learn from: rollouts with advantages and returns, [B, G] float32, 0 beyond `lengths`.
+
+    The reference's log-probs are there when the KL penalty is in the loss.
+    """
 
     tokens: Array
     prompt_lengths: Array
@@ -198,6 +209,7 @@ class Experience:
     old_values: Array
     advantages: Array
     returns: Array
+    reference_logprobs: Array | None = None
 
 
 @functools.partial(jax.jit, static_argnames=("players", "ppo"))
@@ -213,8 +225,9 @@ def experience(
         ppo: the config; see `core.rl` for the order of things.
 
     Returns:
-        The experience, and figures: scalars over unmasked tokens or responses, and two [B] arrays, `row_kl` and
-        `row_score`, for samples.
+        The experience, and figures: scalars over unmasked tokens or responses, and arrays for the tables of rollouts:
+        `row_score` and `row_reward` (what the score became), [B], and `token_kl` and `token_reward`, [B, G]. Without
+        a reference there is no KL among them.
     """
     mask = length_mask(rollouts.lengths, rollouts.responses.shape[1])
     scores = rollouts.scores
@@ -223,24 +236,30 @@ def experience(
     # The end of text is what a fine-tuned model is to end by; running on into a human turn is not an end.
     finished = ended(rollouts.responses, rollouts.lengths, (players.eos_id,))
     scores = penalize_missing_end(clip_scores(scores, ppo.reward_clip), finished, ppo.missing_eos_penalty)
-    row_kl = sequence_kl(kl_estimates(rollouts.logprobs, rollouts.reference_logprobs, "k1"), mask)
-    penalty = kl_estimates(rollouts.logprobs, rollouts.reference_logprobs, ppo.kl_estimator)
+    figures: dict[str, Any] = {}
+    penalty = jnp.zeros(mask.shape, jnp.float32)
+    if rollouts.reference_logprobs is not None:
+        token_kl = kl_estimates(rollouts.logprobs, rollouts.reference_logprobs, "k1")
+        figures = {"kl": sequence_kl(token_kl, mask).mean(), "token_kl": token_kl}
+        if ppo.kl_in == "reward":
+            penalty = kl_estimates(rollouts.logprobs, rollouts.reference_logprobs, ppo.kl_estimator)
     rewards = shaped_rewards(scores, penalty, mask, kl_coef)
     whitened = whiten(rewards, mask, shift_mean=False) if ppo.whiten_rewards else rewards
     advantages, returns = gae(whitened, rollouts.values, mask, ppo.gamma, ppo.gae_lambda)
     unexplained = masked_var(returns - rollouts.values, mask)
-    figures = {
+    figures |= {
         "reward": rollouts.scores.mean(),
         "score": scores.mean(),
         "shaped_reward": jnp.sum(rewards, axis=1, where=mask).mean(),
-        "kl": row_kl.mean(),
         "explained_variance": 1.0 - unexplained / jnp.maximum(masked_var(returns, mask), 1e-8),
         "advantage": masked_mean(advantages, mask),
         "return": masked_mean(returns, mask),
+        "rollout_entropy": masked_mean(rollouts.entropies, mask),
         "response_length": rollouts.lengths.astype(jnp.float32).mean(),
         "missing_eos": 1.0 - finished.astype(jnp.float32).mean(),
-        "row_kl": row_kl,
         "row_score": rollouts.scores,
+        "row_reward": scores,
+        "token_reward": rewards,
     }
     if ppo.whiten_advantages:
         advantages = whiten(advantages, mask, shift_mean=True)
@@ -253,6 +272,7 @@ def experience(
         old_values=rollouts.values,
         advantages=advantages,
         returns=returns,
+        reference_logprobs=rollouts.reference_logprobs if ppo.kl_in == "loss" else None,
     )
     return learned, figures
 

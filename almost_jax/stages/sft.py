@@ -11,10 +11,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from almost_jax.core.llama import LlamaConfig, Params, hidden_states, logits
-from almost_jax.core.losses import LossTerms, cross_entropy_sums
+from almost_jax.core.llama import LlamaConfig, Params, hidden_states
+from almost_jax.core.losses import LossTerms, shifted, target_sums
 from almost_jax.core.partitioning import platform
 from almost_jax.core.train import Batch, make_optimizer, make_train_step
+from almost_jax.core.vocabulary import hidden_figures
 from almost_jax.errors import InputError
 from almost_jax.io.batches import batch_indices, pad
 from almost_jax.io.models import save_model
@@ -67,7 +68,8 @@ def fine_tune(run: Run, name: str, file: str) -> dict[str, Any]:
     with jax.set_mesh(mesh):
         state = fresh_state(placed_for_training(source.params, source.config, settings, mesh), optimizer, mesh)
         spread = training_spread(settings, mesh, shardings_of(state.params))
-        train_step = make_train_step(loss_sums, optimizer, training.micro_batches, shardings_of(state), spread)
+        skips = training.guards.non_finite == "skip"
+        train_step = make_train_step(loss_sums, optimizer, training.micro_batches, shardings_of(state), spread, skips)
         state = fit(run, name, state, train_step, batch_at, total_steps, training, None)
     save_model(
         run.path(name, "model"), dataclasses.replace(source, params=state.params, name=f"{run.config.name}/{name}")
@@ -103,4 +105,5 @@ def sft_loss_sums(params: Params, batch: Batch, *, config: LlamaConfig) -> LossT
     """
     flat, config = decode_layout(params, config, platform())
     states = hidden_states(flat, config, batch["tokens"])
-    return cross_entropy_sums(logits(flat, config, states), batch["tokens"], batch["targets"])
+    figures = hidden_figures(flat, config, states, shifted(batch["tokens"]), 1.0, with_entropy=False)
+    return target_sums(figures, shifted(batch["targets"]))

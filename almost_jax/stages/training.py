@@ -1,7 +1,6 @@
 """The loop that SFT and both reward models share: steps, progress, metrics, checkpoints, exact resume."""
 
 import contextlib
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -15,11 +14,12 @@ from almost_jax.config import TrainingConfig
 from almost_jax.core.llama import Params
 from almost_jax.core.partitioning import batch_sharding, replicated
 from almost_jax.core.train import Batch, TrainState, learning_rate_schedule
-from almost_jax.errors import InputError, TrainingDiverged
+from almost_jax.errors import InputError
 from almost_jax.io.batches import bucket_length
 from almost_jax.io.checkpoints import Checkpoints
 from almost_jax.io.preemption import Preempted, asked_to_stop, saves_first
 from almost_jax.io.run import Run
+from almost_jax.stages.guards import Guard, fetched, non_finite
 
 HostBatch: TypeAlias = Mapping[str, np.ndarray]
 TrainStep: TypeAlias = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
@@ -82,29 +82,10 @@ def fixed_length(longest: int) -> int:
     return bucket_length(longest, FIXED_MULTIPLE)
 
 
-def host_figures(name: str, step: int, figures: Mapping[str, Any], checkpoints: Checkpoints) -> dict[str, float]:
-    """Fetch a step's figures.
-
-    Args:
-        name: the stage, for the message.
-        step: the update that made them.
-        figures: scalars on the device.
-        checkpoints: where the last good state is.
-
-    Raises:
-        TrainingDiverged: one of them is not finite.
-    """
-    values = {key: float(value) for key, value in jax.device_get(dict(figures)).items()}
-    bad = [f"{key} is {value}" for key, value in values.items() if not math.isfinite(value)]
-    if bad:
-        steps = checkpoints.steps()
-        good = f"the last good checkpoint is step {max(steps)}" if steps else "there is no checkpoint before it"
-        raise TrainingDiverged(f"{name}: diverged at step {step}: {', '.join(bad)}; {good}")
-    return values
-
-
-def stop_if_asked(run: Run, name: str, step: int, state: Any, checkpoints: Checkpoints) -> None:
-    """After SIGTERM: save the state of this step, unless that is done already, and end the process.
+def stop_if_asked(
+    run: Run, name: str, step: int, state: Any, checkpoints: Checkpoints, extra: dict[str, Any]
+) -> None:
+    """After SIGTERM: save the state of this step, with `extra`, unless that is done already, and end the process.
 
     Nothing but the state is written, so records are those of a run that was never stopped.
 
@@ -114,7 +95,7 @@ def stop_if_asked(run: Run, name: str, step: int, state: Any, checkpoints: Check
     if not asked_to_stop():
         return
     if step not in checkpoints.steps():
-        checkpoints.save(step, state, {})
+        checkpoints.save(step, state, extra)
     run.say(f"{name}: asked to stop; step {step} is saved, the same command goes on from there")
     raise Preempted
 
@@ -153,19 +134,22 @@ def fit(
         The state after `total_steps` updates.
 
     Raises:
-        TrainingDiverged: a figure is not finite.
+        TrainingDiverged: a figure is not finite, and `training.guards` says to stop.
         InputError: the batch can't be split over the mesh, or the checkpoint has other shapes.
         Preempted: SIGTERM came; the state is saved.
     """
     schedule = learning_rate_schedule(training.optimizer, total_steps)
+    action = training.guards.non_finite
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(run.mesh))
         checkpoints = Checkpoints(checkpoint_folder(run, name), keep=CHECKPOINTS_KEPT)
         stack.callback(checkpoints.close)
         found = checkpoints.restore(abstract(state))
         start = 0
+        extra: dict[str, Any] = {}
         if found is not None:
-            start, state, _ = found
+            start, state, extra = found
+        guard = Guard(run, name, checkpoints, training.guards.max_skips, extra)
         metrics = run.metrics(name, start)
         stack.callback(metrics.close)
         progress = stack.enter_context(run.progress(name, total_steps, start))
@@ -173,20 +157,19 @@ def fit(
         for step in range(start + 1, total_steps + 1):
             state, on_device = train_step(state, place_batch(batch_at(step - 1), run.mesh))
             saves = step % training.checkpoint_every == 0 or step == total_steps
-            if not saves and step % training.log_every:
-                progress.advance(1)
-                if asked_to_stop():
-                    # An unlogged step's figures are looked at before its state is saved as one to go on from.
-                    host_figures(name, step, on_device, checkpoints)
-                stop_if_asked(run, name, step, state, checkpoints)
-                continue
-            figures = host_figures(name, step, on_device, checkpoints)
-            figures["learning_rate"] = float(schedule(step - 1))
-            if saves and evaluate is not None:
-                figures |= evaluate(state.params)
-            metrics.log(step, figures)
+            logs = saves or step % training.log_every == 0
+            # An unlogged step's figures are looked at too before its state is saved as one to go on from, and where
+            # skipped steps are counted; else the host needn't wait for them.
+            if logs or action == "skip" or asked_to_stop():
+                figures = fetched(on_device)
+                guard.skips(step, non_finite(figures, action))
+            if logs:
+                figures["learning_rate"] = float(schedule(step - 1))
+                if saves and evaluate is not None:
+                    figures |= evaluate(state.params)
+                metrics.log(step, figures)
             if saves:
-                checkpoints.save(step, state, {})
-            progress.advance(1, loss=figures["loss"])
-            stop_if_asked(run, name, step, state, checkpoints)
+                checkpoints.save(step, state, guard.extra)
+            progress.advance(1, **({"loss": figures["loss"]} if logs else {}))
+            stop_if_asked(run, name, step, state, checkpoints, guard.extra)
     return state

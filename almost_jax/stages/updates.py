@@ -4,10 +4,11 @@ Source: Schulman et al. 2017 (PPO); Ziegler et al. 2019 (the KL controller).
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct
@@ -17,7 +18,7 @@ from almost_jax.config import PpoConfig
 from almost_jax.core.llama import Params
 from almost_jax.core.losses import LossTerms, length_mask
 from almost_jax.core.partitioning import platform
-from almost_jax.core.rl import policy_loss, ppo_loss, update_kl_coef, value_loss
+from almost_jax.core.rl import kl_loss, policy_loss, ppo_loss, update_kl_coef, value_loss
 from almost_jax.core.train import (
     Spread,
     TrainState,
@@ -25,6 +26,7 @@ from almost_jax.core.train import (
     apply_gradients,
     learning_rate_schedule,
     make_optimizer,
+    unless,
 )
 from almost_jax.sampling.sampler import decode_layout
 from almost_jax.stages.rollouts import Experience, Players, response_logprobs, response_values
@@ -55,12 +57,18 @@ def make_update(
     Without `trains_policy` only the critic is updated (`ppo.critic_warmup_steps`). The new state lies as
     `state_shardings` say, which are the old one's, so that nothing is compiled twice. `spread`: see
     `core.train.accumulate_gradients`.
+
+    Where `ppo.guards.non_finite` is `skip`, the figure `skipped` says whether a loss or gradient was not finite; with
+    `ppo.early_stop_kl`, the figure `too_far` whether the policy was further than that from the one that sampled. In
+    both cases the new state is the old one.
     """
+    skips, limit = ppo.guards.non_finite == "skip", ppo.early_stop_kl
 
     def update(state: PpoState, learned: Experience, rows: Array) -> tuple[PpoState, dict[str, Array]]:
-        batch = {
-            field.name: getattr(learned, field.name)[rows] for field in dataclasses.fields(learned)
-        }
+        fields = {field.name: getattr(learned, field.name) for field in dataclasses.fields(learned)}
+        batch = {name: array[rows] for name, array in fields.items() if array is not None}
+        # A row's own copy, so that it goes wherever the row goes.
+        batch["kl_coef"] = jnp.broadcast_to(state.kl_coef, rows.shape)
         params = {"policy": state.policy.params, "critic": state.critic.params}
 
         def loss_sums(params: Params, part: dict[str, Array]) -> LossTerms:
@@ -73,7 +81,15 @@ def make_update(
         if trains_policy:
             figures["policy_grad_norm"] = optax.tree.norm(grads["policy"])
             policy = apply_gradients(policy, grads["policy"], policy_optimizer)
-        return PpoState(policy, critic, state.kl_coef), figures
+        new, sound = PpoState(policy, critic, state.kl_coef), jnp.ones((), bool)
+        if skips:
+            watched = [figures[name] for name in ("loss", "critic_grad_norm", "policy_grad_norm") if name in figures]
+            finite = jnp.isfinite(jnp.stack(watched)).all()
+            figures["skipped"], sound = (~finite).astype(jnp.float32), sound & finite
+        if limit:
+            near = ~(figures["approx_kl"] > limit)
+            figures["too_far"], sound = (~near).astype(jnp.float32), sound & near
+        return unless(sound, new, state) if skips or limit else new, figures
 
     return jax.jit(update, donate_argnums=0, out_shardings=(state_shardings, None))
 
@@ -83,7 +99,7 @@ def ppo_loss_sums(params: Params, batch: dict[str, Array], players: Players, ppo
 
     Args:
         params: {"policy": tree, "critic": tree with a head}.
-        batch: the fields of `Experience` by name.
+        batch: the fields of `Experience` by name, and `kl_coef`, the coefficient once for each row.
         players: the models' shapes.
         ppo: clip ranges and weights of the terms.
 
@@ -97,14 +113,36 @@ def ppo_loss_sums(params: Params, batch: dict[str, Array], players: Players, ppo
     mask = length_mask(batch["lengths"], responses.shape[1])
     logprobs, entropies = response_logprobs(policy, players.policy, tokens, starts, responses, players.temperature)
     values = response_values(critic, players, tokens, starts, responses.shape[1])
-    return ppo_loss(
-        policy_loss(logprobs, batch["old_logprobs"], batch["advantages"], mask, ppo.cliprange),
-        value_loss(values, batch["old_values"], batch["returns"], mask, ppo.cliprange_value),
-        entropies,
-        mask,
-        ppo.vf_coef,
-        ppo.entropy_coef,
+    average, old = ppo.loss_average, batch["old_logprobs"]
+    policy_terms = policy_loss(logprobs, old, batch["advantages"], mask, ppo.cliprange, ppo.dual_clip, average)
+    value_terms = value_loss(values, batch["old_values"], batch["returns"], mask, ppo.cliprange_value, average)
+    total, (weight, metrics) = ppo_loss(
+        policy_terms, value_terms, entropies, mask, ppo.vf_coef, ppo.entropy_coef, average
     )
+    if ppo.kl_in == "loss" and "reference_logprobs" in batch:
+        kl, (_, more) = kl_loss(logprobs, old, batch["reference_logprobs"], mask, ppo.kl_estimator, average)
+        total, metrics = total + batch["kl_coef"][0] * kl, {**metrics, **more}
+    return total, (weight, metrics)
+
+
+def mean_figures(every: Sequence[Mapping[str, float]], ppo: PpoConfig) -> dict[str, float]:
+    """A step's figures from those of its updates: means over the ones that were applied, over all when none was.
+
+    With `ppo.early_stop_kl` also `early_stopped` (1 or 0) and `updates`, how many were applied.
+
+    Args:
+        every: the figures of each update, on the host.
+        ppo: the config.
+    """
+    ways = ("skipped", "too_far")
+    applied = [figures for figures in every if not any(figures.get(way) for way in ways)]
+    counted = applied or list(every)
+    found = {
+        name: float(np.mean([figures[name] for figures in counted])) for name in every[0] if name not in ways
+    }
+    if ppo.early_stop_kl:
+        found |= {"early_stopped": float(bool(every[-1]["too_far"])), "updates": float(len(applied))}
+    return found
 
 
 def make_optimizers(ppo: PpoConfig) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
@@ -117,13 +155,19 @@ def make_optimizers(ppo: PpoConfig) -> tuple[optax.GradientTransformation, optax
     )
 
 
-def policy_learning_rate(ppo: PpoConfig, step: int) -> float:
-    """The policy's learning rate at the first update of a step, counted from 1; 0 while only the critic is trained."""
+def policy_learning_rate(ppo: PpoConfig, step: int, updates: int) -> float:
+    """The policy's learning rate at the first update of a step.
+
+    Args:
+        ppo: the config.
+        step: counted from 1; the rate is 0 while only the critic is trained.
+        updates: of the policy before this step.
+    """
     if step <= ppo.critic_warmup_steps:
         return 0.0
     per_step = ppo.num_ppo_epochs * ppo.num_mini_batches
     schedule = learning_rate_schedule(ppo.optimizer, max(ppo.steps - ppo.critic_warmup_steps, 1) * per_step)
-    return float(schedule((step - 1 - ppo.critic_warmup_steps) * per_step))
+    return float(schedule(updates))
 
 
 def next_kl_coef(kl_coef: Array, observed: float, ppo: PpoConfig) -> Array:

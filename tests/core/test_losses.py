@@ -115,6 +115,9 @@ def test_cross_entropy_counts_the_selected_targets_only() -> None:
     other = jnp.asarray(logits).at[0, 0].set(1e3).at[1, 1:].set(-7.0)
     again = losses.cross_entropy_sums(other, jnp.asarray(tokens).at[1, 2:].set(0), jnp.asarray(mask))[0]
     np.testing.assert_allclose(again, total, rtol=1e-6)
+    # Where all tokens are as likely none is the most likely one, so that a constant model is never accurate.
+    constant = losses.cross_entropy_sums(jnp.zeros((2, 4, 5)), jnp.asarray(tokens), jnp.asarray(mask))
+    assert constant[1][1]["accuracy"][0] == 0
 
 
 def test_13_ranking_loss_is_finite_at_huge_margins() -> None:

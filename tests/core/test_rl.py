@@ -13,6 +13,7 @@ from almost_jax.core import llama, losses, rl
 from almost_jax.core.llama import LlamaConfig, Params
 from almost_jax.core.partitioning import batch_sharding, make_mesh
 
+TOKENS = "token_mean"
 LENGTHS = np.array([7, 1, 4, 0, 6, 2, 7, 3], np.int32)
 MASK = np.arange(7)[None] < LENGTHS[:, None]
 
@@ -127,11 +128,13 @@ def test_16_policy_equal_to_reference_has_no_kl_and_ratio_one(
         kl = rl.kl_estimates(logprobs, expected, kind)
         np.testing.assert_allclose(np.asarray(kl)[np.asarray(mask)], 0, atol=1e-5)
     advantages = jnp.asarray(np.random.default_rng(9).normal(size=(3, 5)), jnp.float32)
-    terms = rl.policy_loss(logprobs, expected, advantages, mask, 0.2)
+    terms = rl.policy_loss(logprobs, expected, advantages, mask, 0.2, 0.0, TOKENS)
     found = means(terms)
     assert abs(found["ratio"] - 1) < 1e-5 and found["clip_fraction"] == 0 and abs(found["approx_kl"]) < 1e-5
     np.testing.assert_allclose(terms[0], -losses.masked_sum(advantages, mask), atol=1e-4)
-    wrong = rl.policy_loss(logprobs, reference(params, jnp.asarray(prompts) - 1), advantages, mask, 0.2)
+    wrong = rl.policy_loss(
+        logprobs, reference(params, jnp.asarray(prompts) - 1), advantages, mask, 0.2, 0.0, TOKENS
+    )
     assert abs(means(wrong)["ratio"] - 1) > 1e-2, "a window off by one is noticed"
 
 
@@ -223,7 +226,7 @@ def test_21_value_clipping_is_around_the_rollout_values() -> None:
     values = jnp.asarray([[1.2, 2.0, 2.0, np.nan]], jnp.float32)
     returns = jnp.asarray([[1.6, 2.5, 0.5, -5.0]], jnp.float32)
     mask = jnp.asarray([[True, True, True, False]])
-    total, (number, _) = terms = rl.value_loss(values, old, returns, mask, 0.3)
+    total, (number, _) = terms = rl.value_loss(values, old, returns, mask, 0.3, TOKENS)
     # (1.2 - 1.6)^2; max((2 - 2.5)^2, (1.3 - 2.5)^2); max((2 - 0.5)^2, (1.3 - 0.5)^2)
     np.testing.assert_allclose(total, 0.5 * (0.16 + 1.44 + 2.25), rtol=1e-5)
     assert number == 3
@@ -231,7 +234,7 @@ def test_21_value_clipping_is_around_the_rollout_values() -> None:
     np.testing.assert_allclose(
         [found["value_loss"], found["value"], found["value_clip_fraction"]], [3.85 / 6, 5.2 / 3, 1 / 3], rtol=1e-5
     )
-    gradient = jax.grad(lambda v: rl.value_loss(v, old, returns, mask, 0.3)[0])(values)
+    gradient = jax.grad(lambda v: rl.value_loss(v, old, returns, mask, 0.3, TOKENS)[0])(values)
     np.testing.assert_allclose(gradient, [[-0.4, 0, 1.5, 0]], atol=1e-6)
 
 
@@ -242,13 +245,13 @@ def test_21_policy_clipping_by_hand() -> None:
     old = jnp.asarray([[-1.0, -2.0, -0.5, -1.5, -3.0, 0.0]], jnp.float32)
     logprobs = old + jnp.asarray(np.log(ratios), jnp.float32)
     mask = jnp.asarray([[True, True, True, True, True, False]])
-    terms = rl.policy_loss(logprobs, old, advantages, mask, 0.2)
+    terms = rl.policy_loss(logprobs, old, advantages, mask, 0.2, 0.0, TOKENS)
     np.testing.assert_allclose(terms[0], -(1.2 * 2 - 1.5 * 2 + 0.5 * 2 - 0.8 * 2 + 1.1), rtol=1e-5)
     found = means(terms)
     np.testing.assert_allclose(found["clip_fraction"], 2 / 5)
     np.testing.assert_allclose(found["ratio"], 5.1 / 5, rtol=1e-6)
     np.testing.assert_allclose(found["approx_kl"], (ratios - 1 - np.log(ratios))[0, :5].mean(), rtol=1e-5)
-    gradient = jax.grad(lambda x: rl.policy_loss(x, old, advantages, mask, 0.2)[0])(logprobs)
+    gradient = jax.grad(lambda x: rl.policy_loss(x, old, advantages, mask, 0.2, 0.0, TOKENS)[0])(logprobs)
     np.testing.assert_allclose(gradient, [[0, 3.0, -1.0, 0, -1.1, 0]], rtol=1e-5)
 
 
@@ -261,9 +264,9 @@ def test_24_metrics_and_gradients_ignore_what_lies_under_the_mask() -> None:
         entropies = jnp.where(mask, losses.entropy(vocabulary, 0.9), padding)
 
         def loss(logprobs: jax.Array, values: jax.Array) -> tuple[jax.Array, losses.LossTerms]:
-            policy = rl.policy_loss(logprobs, *arrays[1:3], mask, 0.2)
-            value = rl.value_loss(values, *arrays[4:6], mask, 0.2)
-            terms = rl.ppo_loss(policy, value, entropies, mask, 0.3, 0.01)
+            policy = rl.policy_loss(logprobs, *arrays[1:3], mask, 0.2, 0.0, TOKENS)
+            value = rl.value_loss(values, *arrays[4:6], mask, 0.2, TOKENS)
+            terms = rl.ppo_loss(policy, value, entropies, mask, 0.3, 0.01, TOKENS)
             return terms[0], terms
 
         grads, terms = jax.grad(loss, (0, 1), has_aux=True)(arrays[0], arrays[3])
@@ -318,10 +321,11 @@ def test_scores_are_clipped_on_both_sides_in_float32() -> None:
 def test_entropy_bonus_lowers_the_loss_of_a_flat_policy() -> None:
     mask = jnp.ones((1, 2), bool)
     zero = jnp.zeros((1, 2), jnp.float32)
-    policy, value = rl.policy_loss(zero, zero, zero, mask, 0.2), rl.value_loss(zero, zero, zero, mask, 0.2)
+    policy = rl.policy_loss(zero, zero, zero, mask, 0.2, 0.0, TOKENS)
+    value = rl.value_loss(zero, zero, zero, mask, 0.2, TOKENS)
 
     def loss(logits: jax.Array) -> jax.Array:
-        return rl.ppo_loss(policy, value, losses.entropy(logits, 1.0), mask, 0.5, 0.7)[0]
+        return rl.ppo_loss(policy, value, losses.entropy(logits, 1.0), mask, 0.5, 0.7, TOKENS)[0]
 
     np.testing.assert_allclose(loss(jnp.zeros((1, 2, 4), jnp.float32)), -0.7 * 2 * np.log(4), rtol=1e-6)
     peaked = jnp.zeros((1, 2, 4), jnp.float32).at[..., 1].set(2.0)
@@ -332,7 +336,6 @@ def test_padding_in_a_compiled_ppo_loss_makes_no_shape_of_its_own() -> None:
     """The same rows in a wider array give the same loss: nothing divides by an array's size."""
     arrays = [jnp.asarray(ragged(seed)) for seed in range(3)]
     wide = [jnp.pad(x, ((0, 0), (0, 4)), constant_values=jnp.nan) for x in arrays]
-    found = rl.policy_loss(*wide, losses.length_mask(jnp.asarray(LENGTHS), 11), 0.2)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, rl.policy_loss(*arrays, jnp.asarray(MASK), 0.2)
-    )
+    found = rl.policy_loss(*wide, losses.length_mask(jnp.asarray(LENGTHS), 11), 0.2, 0.0, TOKENS)
+    expected = rl.policy_loss(*arrays, jnp.asarray(MASK), 0.2, 0.0, TOKENS)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, expected)

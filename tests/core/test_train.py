@@ -116,9 +116,9 @@ def ppo_sums(config: LlamaConfig) -> Callable[[Params, Batch], losses.LossTerms]
         logits = llama.logits(params, config, llama.hidden_states(params, config, batch["tokens"]))
         logprobs = losses.next_token_logprobs(logits, batch["tokens"], 0.8)
         values = heads.token_scores(params, config, batch["tokens"])
-        policy = rl.policy_loss(logprobs, batch["old_logprobs"], batch["advantages"], mask, 0.2)
-        value = rl.value_loss(values, batch["old_values"], batch["returns"], mask, 0.2)
-        return rl.ppo_loss(policy, value, losses.entropy(logits, 0.8), mask, 0.4, 0.02)
+        policy = rl.policy_loss(logprobs, batch["old_logprobs"], batch["advantages"], mask, 0.2, 0.0, "token_mean")
+        value = rl.value_loss(values, batch["old_values"], batch["returns"], mask, 0.2, "token_mean")
+        return rl.ppo_loss(policy, value, losses.entropy(logits, 0.8), mask, 0.4, 0.02, "token_mean")
 
     return sums
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from almost_jax.core.partitioning import make_mesh
 from almost_jax.io.huggingface import save_llama
 from almost_jax.io.records import write_records
 from almost_jax.io.run import Run
+from almost_jax.stages import reward, sft
 
 WORDS = "Human: Assistant: what is the of a red green blue stone river bird please thanks bye one two three".split()
 TINY = LlamaConfig(
@@ -122,6 +124,31 @@ def make_run(tiny_models: dict[str, str], user_demonstrations: str) -> Callable[
             tensorboard=False,
             console=Console(file=io.StringIO(), width=200),
         )
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Where the SFT policy and the reward model lie that all PPO tests start from, once made."""
+    return {"home": tmp_path_factory.mktemp("trained")}
+
+
+@pytest.fixture
+def make_ppo(make_run: Callable[..., Run], trained: dict[str, Path]) -> Callable[..., Run]:
+    """A run whose SFT policy and reward model are there; keyword arguments replace values of `ppo`."""
+
+    def build(folder: Path, mesh: MeshConfig | None = None, devices: int = 1, **ppo: Any) -> Run:
+        base = make_run(trained["home"])
+        if not base.path("sft", "model").exists():
+            reward.run_stage(base)
+            sft.fine_tune(base, "sft", "demonstrations.jsonl")
+        section = {**base.config.ppo.model_dump(), **ppo}
+        run = make_run(folder, mesh=mesh, devices=devices, ppo=section)
+        for name in ("reward", "sft"):
+            if not run.path(name).exists():
+                shutil.copytree(base.path(name), run.path(name))
+        return run
 
     return build
 

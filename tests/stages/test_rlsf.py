@@ -25,7 +25,7 @@ from almost_jax.io.records import read_records
 from almost_jax.io.run import Run
 from almost_jax.sampling.rules import SamplingRules
 from almost_jax.sampling.sampler import Samples, sample
-from almost_jax.stages import reward, rlsf, rollouts, sft, updates
+from almost_jax.stages import reward, rlsf, rollouts, updates
 from almost_jax.stages.rollouts import Players
 
 CONFIG = LlamaConfig(
@@ -208,31 +208,6 @@ def test_rows_do_not_depend_on_the_number_of_parts() -> None:
 
 class Stopped(Exception):
     """What a kill looks like from inside."""
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Where the SFT policy and the reward model of this module lie, once made."""
-    return {"home": tmp_path_factory.mktemp("trained")}
-
-
-@pytest.fixture
-def make_ppo(make_run: Callable[..., Run], trained: dict[str, Path]) -> Callable[..., Run]:
-    """A run whose SFT policy and reward model are there; keyword arguments replace values of `ppo`."""
-
-    def build(folder: Path, mesh: MeshConfig | None = None, devices: int = 1, **ppo: Any) -> Run:
-        base = make_run(trained["home"])
-        if not base.path("sft", "model").exists():
-            reward.run_stage(base)
-            sft.fine_tune(base, "sft", "demonstrations.jsonl")
-        section = {**base.config.ppo.model_dump(), **ppo}
-        run = make_run(folder, mesh=mesh, devices=devices, ppo=section)
-        for name in ("reward", "sft"):
-            if not run.path(name).exists():
-                shutil.copytree(base.path(name), run.path(name))
-        return run
-
-    return build
 
 
 ADAPTIVE = {"kl_controller": "adaptive", "kl_target": 0.05, "kl_horizon": 40, "kl_coef": 0.11}

@@ -1,0 +1,127 @@
+"""Guards: what a training stage does about a step that went wrong, by the actions of its `guards:` section.
+
+`stop` ends the stage by one line that says where and why and names the last good checkpoint; `skip` leaves the step's
+updates out, with a line, and stops after too many skipped in a row; `off` looks away. Every training stage shares this.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import numpy as np
+
+from almost_jax.config import PpoConfig
+from almost_jax.errors import TrainingDiverged
+from almost_jax.io.checkpoints import Checkpoints
+from almost_jax.io.run import Run
+
+# (action, what is wrong): "stop", "skip" or "off", and a clause for the message.
+Problem: TypeAlias = tuple[str, str]
+# The key, in a checkpoint's JSON, of how many steps in a row were skipped before it.
+SKIPPED = "skipped_in_a_row"
+
+
+class Guard:
+    """Acts on problems and counts the steps skipped in a row, for one stage."""
+
+    def __init__(self, run: Run, name: str, checkpoints: Checkpoints, max_skips: int, extra: Mapping[str, Any]) -> None:
+        """Start, or go on from a checkpoint.
+
+        Args:
+            run: told of every skipped step.
+            name: the stage, for messages.
+            checkpoints: where the last good state is.
+            max_skips: so many skipped in a row are borne; the next one stops.
+            extra: the JSON of the checkpoint that training goes on from.
+        """
+        self._run, self._name, self._checkpoints, self._max_skips = run, name, checkpoints, max_skips
+        self._skipped = int(extra.get(SKIPPED, 0))
+
+    @property
+    def extra(self) -> dict[str, Any]:
+        """What a checkpoint must hold so that a resumed run counts on."""
+        return {SKIPPED: self._skipped} if self._skipped else {}
+
+    def skips(self, step: int, problems: Iterable[Problem]) -> bool:
+        """Act on what is wrong with a step: whether its updates are to be left out, or were.
+
+        Call it once a step, with no problems when all is well.
+
+        Raises:
+            TrainingDiverged: a problem's action is `stop`, or too many steps in a row were skipped.
+        """
+        stopping, skipping = ([why for action, why in problems if action == kind] for kind in ("stop", "skip"))
+        if stopping:
+            raise self._diverged(step, ", ".join(stopping))
+        if not skipping:
+            self._skipped = 0
+            return False
+        self._skipped += 1
+        why = ", ".join(skipping)
+        if self._skipped > self._max_skips:
+            raise self._diverged(step, f"{why}; {self._max_skips} steps in a row were skipped before it (max_skips)")
+        self._run.say(f"{self._name}: skipped step {step}: {why}; {self._last_good()}")
+        return True
+
+    def _diverged(self, step: int, why: str) -> TrainingDiverged:
+        return TrainingDiverged(f"{self._name}: diverged at step {step}: {why}; {self._last_good()}")
+
+    def _last_good(self) -> str:
+        steps = self._checkpoints.steps()
+        return f"the last good checkpoint is step {max(steps)}" if steps else "there is no checkpoint before it"
+
+
+def non_finite(figures: Mapping[str, float], action: str) -> list[Problem]:
+    """A problem that names every figure that is NaN or infinite, or none."""
+    bad = [f"{key} is {value}" for key, value in figures.items() if not math.isfinite(value)]
+    return [(action, ", ".join(bad))] if bad else []
+
+
+def rollout_problems(figures: Mapping[str, float], ppo: PpoConfig) -> list[Problem]:
+    """What is wrong with a step's rollouts, before anything is learned from them.
+
+    Args:
+        figures: of `rollouts.experience`, on the host, and `at_limit`, the share of responses cut at `max_new_tokens`.
+        ppo: its guards.
+    """
+    guards = ppo.guards
+    found = non_finite(figures, guards.non_finite)
+    # Comparisons with a figure that isn't finite are left to the line above: NaN is neither too large nor too small.
+    if figures.get("kl", 0.0) > guards.max_kl:
+        found.append((guards.kl, f"kl {figures['kl']:.4g} is above ppo.guards.max_kl {guards.max_kl:g}"))
+    if figures["rollout_entropy"] < guards.min_entropy:
+        found.append(
+            (
+                guards.entropy,
+                f"entropy {figures['rollout_entropy']:.4g} is below ppo.guards.min_entropy {guards.min_entropy:g}",
+            )
+        )
+    if figures["at_limit"] >= 1.0:
+        limit = ppo.sampling.max_new_tokens
+        found.append((guards.length, f"all responses were cut at ppo.sampling.max_new_tokens {limit}"))
+    return found
+
+
+def update_problems(every: Sequence[Mapping[str, float]], ppo: PpoConfig) -> list[Problem]:
+    """What is wrong with a step's updates: the figures of each that aren't finite.
+
+    Args:
+        every: the figures of each update, on the host.
+        ppo: its guards.
+    """
+    found = []
+    for number, figures in enumerate(every, start=1):
+        for action, why in non_finite(figures, ppo.guards.non_finite):
+            found.append((action, f"{why} in update {number} of {len(every)}"))
+    return found
+
+
+def acts(problems: Iterable[Problem]) -> bool:
+    """Whether any of the problems is acted on."""
+    return any(action != "off" for action, _ in problems)
+
+
+def fetched(figures: Mapping[str, Any]) -> dict[str, float]:
+    """Scalars from the device as Python floats."""
+    return {key: float(np.asarray(value)) for key, value in jax.device_get(dict(figures)).items()}
