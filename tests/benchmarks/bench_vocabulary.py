@@ -3,8 +3,8 @@
     python tests/benchmarks/bench_vocabulary.py [--rows 4] [--length 256] [--layers 4] [--chunks 0 8192]
 
 Of SmolLM2-135M's width and vocabulary, float32: loss and gradient of the head alone, best of some runs in alternation,
-and the compiler's memory of a whole SFT step and of a PPO update with fewer layers (`temp_size_in_bytes` of the program:
-all that it needs beside its arguments and results).
+and the compiler's memory of a whole SFT step and PPO update with fewer layers (`temp_size_in_bytes`: all that a program
+needs beside its arguments and results).
 """
 
 import argparse

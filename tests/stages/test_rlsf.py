@@ -162,6 +162,7 @@ def test_23_missing_end_penalty_looks_at_the_response_with_the_end_of_text_alone
         lengths=jnp.array([2, 2, 3, 2], jnp.int32),
         scores=jnp.full((4,), 0.3, jnp.float32),
         logprobs=jnp.zeros((4, 3), jnp.float32),
+        entropies=jnp.ones((4, 3), jnp.float32),
         reference_logprobs=jnp.zeros((4, 3), jnp.float32),
         values=jnp.zeros((4, 3), jnp.float32),
     )
