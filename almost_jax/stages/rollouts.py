@@ -240,7 +240,7 @@ def experience(
     penalty = jnp.zeros(mask.shape, jnp.float32)
     if rollouts.reference_logprobs is not None:
         token_kl = kl_estimates(rollouts.logprobs, rollouts.reference_logprobs, "k1")
-        figures = {"kl": sequence_kl(token_kl, mask).mean(), "token_kl": token_kl}
+        figures = {"kl": sequence_kl(token_kl, mask).mean(), "token_kl": jnp.where(mask, token_kl, 0.0)}
         if ppo.kl_in == "reward":
             penalty = kl_estimates(rollouts.logprobs, rollouts.reference_logprobs, ppo.kl_estimator)
     rewards = shaped_rewards(scores, penalty, mask, kl_coef)
