@@ -74,20 +74,25 @@ class MeshConfig(Section):
 
 
 class SamplingConfig(Section):
-    """How completions are drawn. `top_p: 1` and `top_k: 0` mean off; `temperature: 0` is greedy."""
+    """How completions are drawn. `top_p: 1` and `top_k: 0` mean off; `temperature: 0` is greedy.
+
+    With `trim_unfinished` a prompted model's turn that ran out of tokens ends with its last whole sentence.
+    """
 
     temperature: NonNegative = 1.0
     top_p: Annotated[float, Field(gt=0, le=1, strict=True)] = 1.0
     top_k: NonNegativeInt = 0
     max_new_tokens: PositiveInt = 256
     batch_size: PositiveInt = 64
+    trim_unfinished: Flag = False
 
 
 class PromptedModel(Section):
     """A vanilla model behind a few-shot dialogue prompt.
 
     `model` is a key of the experiment's `models`; `demonstrations` is a file of dialogues (`microworld:NAME`,
-    the name of a file in stages/prompts without its suffix, or a path), of which the first `shots` are shown.
+    the name of a file in stages/prompts without its suffix, or a path to a yaml or text file), of which the first
+    `shots` are shown.
     """
 
     model: Text
@@ -246,13 +251,47 @@ class FiltersConfig(Section):
 
 
 class AsIsRewardConfig(Section):
-    """The reward model trained on community votes. `votes` is `microworld` or a jsonl file of chosen/rejected."""
+    """The reward model trained on community votes.
+
+    `votes` is `microworld`, a jsonl file of chosen/rejected, `hub:NAME` for a data set of questions with voted answers
+    (or of chosen/rejected) that the `datasets` library finds, or `none` for no such model.
+    """
 
     model: Text = "small"
     votes: Text = "microworld"
     pairs: PositiveInt = 20000
     held_out: NonNegativeInt = 500
     training: TrainingConfig = TrainingConfig()
+
+
+class JudgeConfig(Section):
+    """A judge behind an OpenAI-compatible endpoint: `url` is its base, `key_variable` the variable that holds the key.
+
+    `timeout` and `pause` are seconds; `pause` doubles from try to try. `max_requests` and `max_tokens` cap what a run
+    may spend.
+    """
+
+    url: Text = "https://api.openai.com/v1"
+    model: Text
+    key_variable: Text = "OPENAI_API_KEY"
+    timeout: Positive = 120.0
+    attempts: PositiveInt = 6
+    pause: NonNegative = 1.0
+    concurrency: PositiveInt = 4
+    reply_tokens: PositiveInt = 1024
+    max_requests: PositiveInt = 2000
+    max_tokens: PositiveInt = 4_000_000
+
+
+class AuditConfig(Section):
+    """The assumption audit: how often the rule of thumb agrees with the as-is reward model, and with a judge if given.
+
+    `queries` is the size of the sample; 0 turns the audit off.
+    """
+
+    queries: NonNegativeInt = 0
+    judge: JudgeConfig | None = None
+    bootstrap_samples: PositiveInt = 2000
 
 
 class RewardConfig(Section):
@@ -269,7 +308,8 @@ class RewardConfig(Section):
 class DemonstrationsConfig(Section):
     """Reward-model-guided self-play (paper stage 2); `n: 1` is plain self-play.
 
-    `baseline` also plays without the reward model, for the ablation.
+    `baseline` also plays without the reward model, for the ablation. A user's turn that begins or ends with one of
+    `farewells` ends the dialogue before it.
     """
 
     assistant: PromptedModel
@@ -278,6 +318,7 @@ class DemonstrationsConfig(Section):
     n: PositiveInt = 4
     max_turns: PositiveInt = 2
     baseline: Flag = True
+    farewells: tuple[Text, ...] = ("bye", "goodbye", "bye-bye", "see you", "have a nice day", "have a good day")
     sampling: SamplingConfig = SamplingConfig()
     user_sampling: SamplingConfig = SamplingConfig()
 
@@ -383,14 +424,17 @@ class PpoConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """Evaluation against the gold score (micro-world only, elsewhere skipped) on held-out queries.
+    """Evaluation on held-out queries: by the gold score in the micro-world, elsewhere by the reward models.
 
-    Choose settings on the `development` queries; `test` is for the figures that are reported.
+    Elsewhere the queries are the first `queries` of `questions`: the name of a yaml file in stages/prompts, or a path
+    to a yaml or jsonl file. In the micro-world choose settings on the `development` queries; `test` is for the figures
+    that are reported.
     """
 
     gold: Flag = False
     split: Literal["development", "test"] = "test"
     queries: PositiveInt = 1000
+    questions: Text | None = None
     best_of: PositiveInt = 4
     curve_queries: PositiveInt = 400
     prompted: PromptedModel | None = None
@@ -411,6 +455,7 @@ class ExperimentConfig(Section):
     models: dict[Text, Text]
     queries: QueriesConfig
     as_is_reward: AsIsRewardConfig
+    audit: AuditConfig = AuditConfig()
     comparisons: ComparisonsConfig
     filters: FiltersConfig = FiltersConfig()
     reward: RewardConfig
@@ -431,6 +476,10 @@ class ExperimentConfig(Section):
                 )
         if self.evaluation.gold and self.queries.source != "microworld":
             raise wrong("evaluation.gold", "only the micro-world has a gold score; set queries.source to microworld")
+        if self.evaluation.gold and self.evaluation.questions is not None:
+            raise wrong("evaluation.questions", "the gold score has its own questions; give these or evaluation.gold")
+        if self.filters.as_is and self.as_is_reward.votes == "none":
+            raise wrong("filters.as_is", "there is no as-is reward model with as_is_reward.votes none; turn it off")
         return self
 
     def model_references(self) -> Iterator[tuple[str, str]]:
@@ -439,7 +488,8 @@ class ExperimentConfig(Section):
             yield "queries.self_instruct.generator", self.queries.self_instruct.generator
         for name, prompted in self.comparisons.configurations.items():
             yield f"comparisons.configurations.{name}.model", prompted.model
-        yield "as_is_reward.model", self.as_is_reward.model
+        if self.as_is_reward.votes != "none":
+            yield "as_is_reward.model", self.as_is_reward.model
         yield "reward.model", self.reward.model
         yield "demonstrations.assistant.model", self.demonstrations.assistant.model
         yield "demonstrations.user.model", self.demonstrations.user.model

@@ -11,6 +11,7 @@ import almost_jax
 from almost_jax.config import ExperimentConfig, PromptedModel
 from almost_jax.errors import InputError
 from almost_jax.stages.templates import demonstrations_text, prompt_file
+from almost_jax.stages.votes import votes_are_a_file
 
 Values: TypeAlias = dict[str, Any]
 
@@ -130,7 +131,9 @@ def _files(config: ExperimentConfig) -> Iterator[tuple[str, Path]]:
         yield "queries.file", Path(config.queries.file or "")
     if config.queries.source == "self_instruct":
         yield "queries.self_instruct.seeds", prompt_file(config.queries.self_instruct.seeds)
-    if config.as_is_reward.votes != "microworld":
+    if config.evaluation.questions is not None:
+        yield "evaluation.questions", prompt_file(config.evaluation.questions)
+    if votes_are_a_file(config.as_is_reward.votes):
         yield "as_is_reward.votes", Path(config.as_is_reward.votes)
 
 

@@ -22,7 +22,9 @@ from rich.console import Console
 from almost_jax.config import ExperimentConfig
 from almost_jax.core.partitioning import make_mesh
 from almost_jax.errors import InputError
-from almost_jax.evaluation import gold
+from almost_jax.evaluation import audit
+from almost_jax.evaluation.held_out import run_stage as draw_held_out_queries
+from almost_jax.evaluation.stage import run_stage as evaluation_stage
 from almost_jax.experiments import dump_experiment
 from almost_jax.folder import (
     Entry,
@@ -62,11 +64,6 @@ class Stage:
     outputs: tuple[str, ...]
 
 
-def evaluation_queries(run: Run) -> dict[str, Any]:
-    """Draw the held-out queries before anything could train on them: demonstrations keep clear of them."""
-    return {"queries": len(gold.held_out_queries(run)) if run.config.evaluation.gold else 0}
-
-
 # The one key of the mesh that changes more than the last bits of a result.
 _SUMS = "mesh.gradient_dtype"
 
@@ -74,17 +71,10 @@ STAGES: tuple[Stage, ...] = (
     Stage("queries", queries.run_stage, ("queries",), (), ("queries.jsonl", "self_instruct")),
     Stage(
         "evaluation_queries",
-        evaluation_queries,
-        ("evaluation.gold", "evaluation.queries", "evaluation.split"),
+        draw_held_out_queries,
+        ("evaluation.gold", "evaluation.queries", "evaluation.questions", "evaluation.split"),
         (),
         ("evaluation_queries.jsonl",),
-    ),
-    Stage(
-        "responses",
-        comparisons.run_responses,
-        ("comparisons.configurations", "comparisons.sampling"),
-        ("queries",),
-        ("responses.jsonl",),
     ),
     Stage(
         "as_is_reward",
@@ -92,6 +82,26 @@ STAGES: tuple[Stage, ...] = (
         ("as_is_reward", "reward.reference_samples", _SUMS),
         (),
         ("as_is_reward",),
+    ),
+    Stage(
+        "audit",
+        audit.run_stage,
+        (
+            "audit",
+            "comparisons.configurations",
+            "comparisons.sampling",
+            "comparisons.model_order",
+            "comparisons.demonstrations_order",
+        ),
+        ("queries", "as_is_reward"),
+        ("audit",),
+    ),
+    Stage(
+        "responses",
+        comparisons.run_responses,
+        ("comparisons.configurations", "comparisons.sampling"),
+        ("queries",),
+        ("responses.jsonl",),
     ),
     Stage(
         "comparisons",
@@ -118,12 +128,12 @@ STAGES: tuple[Stage, ...] = (
     Stage("rlsf", rlsf.run_stage, ("ppo", _SUMS), ("reward", "demonstrations", "sft"), ("rlsf",)),
     Stage(
         "evaluation",
-        gold.run_stage,
+        evaluation_stage,
         ("evaluation",),
         ("evaluation_queries", "as_is_reward", "comparisons", "reward", "demonstrations", "sft", "rlsf"),
         ("evaluation",),
     ),
-    Stage("report", page.run_stage, ("name",), ("evaluation",), ("report.md", "report.html", "figures")),
+    Stage("report", page.run_stage, ("name",), ("audit", "evaluation"), ("report.md", "report.html", "figures")),
 )
 
 

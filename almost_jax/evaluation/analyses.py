@@ -63,22 +63,23 @@ def of_system(items: Iterable[Item], system: str) -> list[Item]:
 
 
 def compare(
-    items: Sequence[Item], systems: Mapping[str, str], queries: Sequence[str], bootstrap: Bootstrap
+    items: Sequence[Item], systems: Mapping[str, str], field: str, queries: Sequence[str], bootstrap: Bootstrap
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Mean gold score of each system, and the gain of each over the one before it.
+    """Mean score of each system, and the gain of each over the one before it.
 
     Args:
         items: scored responses.
         systems: shown name -> name of the system in the items, worst first; those without items are left out.
+        field: the score: "gold", "reward" or "as_is".
         queries: ids of the held-out queries.
         bootstrap: how intervals are drawn.
 
     Returns:
         {name: {"mean", "ci95", "n"}} and {"better - worse": {"difference", "ci95", "significant", "n"}}.
     """
-    sums = {name: clusters(collect(of_system(items, system), "gold"), queries) for name, system in systems.items()}
+    sums = {name: clusters(collect(of_system(items, system), field), queries) for name, system in systems.items()}
     sums = {name: quantity for name, quantity in sums.items() if quantity.n}
-    return {name: interval(quantity, bootstrap) for name, quantity in sums.items()}, _gains(sums, bootstrap)
+    return {name: interval(quantity, bootstrap) for name, quantity in sums.items()}, gains_of(sums, bootstrap)
 
 
 def pair_quality(
@@ -126,7 +127,7 @@ def pair_quality(
                 bootstrap,
             ),
         }
-    return {"pairs": pairs, "pair_gains": _gains(sums, bootstrap), "pair_details": details}
+    return {"pairs": pairs, "pair_gains": gains_of(sums, bootstrap), "pair_details": details}
 
 
 def length_matched(
@@ -222,7 +223,7 @@ def best_of_n(items: Sequence[Item], n: int, queries: Sequence[str], bootstrap: 
     details = {name: interval(quantity, bootstrap) for name, quantity in sums.items()}
     return {
         "best_of_n": {name: figure["mean"] for name, figure in details.items()},
-        "best_of_n_gains": _gains(sums, bootstrap),
+        "best_of_n_gains": gains_of(sums, bootstrap),
         "best_of_n_details": details,
     }
 
@@ -270,28 +271,29 @@ def demonstration_quality(
             }
             for name, quantity in sums.items()
         },
-        "demonstration_gains": _gains(sums, bootstrap),
+        "demonstration_gains": gains_of(sums, bootstrap),
     }
 
 
-def over_optimisation(items: Sequence[Item], queries: Sequence[str], bootstrap: Bootstrap) -> list[dict[str, Any]]:
-    """KL from the SFT policy, reward and gold score of every kept RLSF policy, by step.
+def over_optimisation(
+    items: Sequence[Item], fields: Sequence[str], queries: Sequence[str], bootstrap: Bootstrap
+) -> list[dict[str, Any]]:
+    """KL from the SFT policy and scores of every kept RLSF policy, by step.
 
     Args:
         items: items of the systems `curve/STEP`.
+        fields: what to take the mean of: "kl", and the scores that were taken.
         queries: ids of the queries of the curve.
         bootstrap: how intervals are drawn.
 
     Returns:
-        [{"step", "kl", "reward", "gold", "kl_ci95", "reward_ci95", "gold_ci95", "characters", "n"}].
+        [{"step", each field, each field with "_ci95", "characters", "n"}].
     """
     steps = sorted({int(item["system"].removeprefix("curve/")) for item in items})
     curve = []
     for step in steps:
         group = of_system(items, f"curve/{step}")
-        figures = {
-            field: interval(clusters(collect(group, field), queries), bootstrap) for field in ("kl", "reward", "gold")
-        }
+        figures = {field: interval(clusters(collect(group, field), queries), bootstrap) for field in fields}
         curve.append(
             {"step": step}
             | {field: figure["mean"] for field, figure in figures.items()}
@@ -353,7 +355,7 @@ def _by_query(items: Iterable[Item]) -> dict[str, list[Item]]:
     return groups
 
 
-def _gains(sums: Mapping[str, Clusters], bootstrap: Bootstrap) -> dict[str, Any]:
+def gains_of(sums: Mapping[str, Clusters], bootstrap: Bootstrap) -> dict[str, Any]:
     """The difference of each quantity to the one before it, where both counted something."""
     names = [name for name, quantity in sums.items() if quantity.n]
     return {

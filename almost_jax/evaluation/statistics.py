@@ -128,6 +128,44 @@ def difference(first: Clusters, second: Clusters, bootstrap: Bootstrap) -> dict[
     }
 
 
+def paired_intercept(values: Sequence[float], others: Sequence[float], bootstrap: Bootstrap) -> dict[str, Any] | None:
+    """The mean of paired differences that a second quantity does not explain: the intercept of a least-squares line.
+
+    Args:
+        values: [n] one difference a query, in score.
+        others: [n] the same query's difference in the quantity to hold equal, such as length.
+        bootstrap: how the interval is drawn, over queries.
+
+    Returns:
+        {"difference", "ci95", "significant", "n"}; None for fewer than three queries.
+    """
+    y, x = np.asarray(values, np.float64), np.asarray(others, np.float64)
+    if len(y) < 3:
+        return None
+
+    def intercept(y: np.ndarray, x: np.ndarray) -> np.ndarray:
+        """Over the last axis; a quantity that does not vary explains nothing."""
+        mean_x, mean_y = x.mean(axis=-1), y.mean(axis=-1)
+        variance = ((x - mean_x[..., None]) ** 2).mean(axis=-1)
+        covariance = ((x - mean_x[..., None]) * (y - mean_y[..., None])).mean(axis=-1)
+        slope = np.divide(covariance, variance, out=np.zeros_like(covariance), where=variance > 0)
+        found: np.ndarray = mean_y - slope * mean_x
+        return found
+
+    generator = np.random.default_rng(bootstrap.seed)
+    drawn = []
+    for start in range(0, bootstrap.samples, _CHUNK):
+        rows = generator.integers(0, len(y), size=(min(_CHUNK, bootstrap.samples - start), len(y)))
+        drawn.append(intercept(y[rows], x[rows]))
+    low, high = _percentiles(np.concatenate(drawn))
+    return {
+        "difference": float(intercept(y[None], x[None])[0]),
+        "ci95": [low, high],
+        "significant": bool(low > 0 or high < 0),
+        "n": len(y),
+    }
+
+
 def agreement(margin: float, truth: float) -> float:
     """1 when a margin has the sign of the true one, 0 when it has the other, 0.5 when either is a tie."""
     if margin == 0 or truth == 0:

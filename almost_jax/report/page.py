@@ -13,18 +13,9 @@ from markupsafe import Markup
 
 from almost_jax.io.records import write_bytes
 from almost_jax.io.run import Run
-from almost_jax.report import plots, tables
-from almost_jax.report.sections import (
-    Dialogue,
-    FigureBlock,
-    Listing,
-    Section,
-    TableBlock,
-    abstract,
-    load,
-    load_json,
-    sections,
-)
+from almost_jax.report import plots, scored, tables
+from almost_jax.report.blocks import Dialogue, FigureBlock, Listing, Section, TableBlock
+from almost_jax.report.sections import abstract, load, load_json, sections
 from almost_jax.report.text import fenced, markdown, visible
 
 FIGURES = "figures"
@@ -61,11 +52,14 @@ def build(directory: Path) -> Path:
 
 
 def summary_table(directory: Path) -> str:
-    """The final table of a run, for a terminal: claims with figures, interval and verdict.
+    """The final table of a run, for a terminal: claims with figures, interval and verdict, or else every step's scores.
 
-    Valid markdown too. Control characters are made visible; print it without markup. Without gold.json it says so.
+    Valid markdown too. Control characters are made visible; print it without markup. Without either it says so.
     """
     gold = load_json(directory / "evaluation" / "gold.json")
+    scores = load_json(directory / "evaluation" / "scores.json")
+    if gold is None and scores is not None:
+        return tables.as_markdown(scored.steps_table(scores), escape=False)
     if gold is None:
         return f"{visible(str(directory))}: no evaluation/gold.json, so there is no gold score to judge the steps by"
     return tables.as_markdown(tables.claims_table(tables.claims(gold)), escape=False)

@@ -135,13 +135,18 @@ def score_by_length(by_length: Mapping[str, Any]) -> Figure | None:
 
 
 def over_optimisation(curve: Sequence[Mapping[str, Any]]) -> Figure | None:
-    """Reward and gold score of the RLSF policy against its distance from SFT; None without two points."""
+    """The scores of the RLSF policy that were taken, against its distance from SFT; None without two points."""
     if len(curve) < 2:
         return None
     figure = Figure(figsize=(WIDTH, 2.5))
-    panels = (("reward", "reward model's score", BLUE), ("gold", "gold score", GREEN))
+    known = (
+        ("reward", "reward model's score", BLUE),
+        ("as_is", "as-is reward model's score", ORANGE),
+        ("gold", "gold score", GREEN),
+    )
+    panels = [panel for panel in known if panel[0] in curve[0]]
     kl = [point["kl"] for point in curve]
-    for axes, (field, title, color) in zip(figure.subplots(1, 2), panels, strict=True):
+    for axes, (field, title, color) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         values = [point[field] for point in curve]
         below = [max(point[field] - point[f"{field}_ci95"][0], 0.0) for point in curve]
         above = [max(point[f"{field}_ci95"][1] - point[field], 0.0) for point in curve]

@@ -9,14 +9,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
-
-from matplotlib.figure import Figure
+from typing import Any
 
 from almost_jax.errors import InputError
 from almost_jax.evaluation.analyses import DEFINITIONS, POLICIES
 from almost_jax.io.records import Record, read_records
-from almost_jax.report import plots, tables
+from almost_jax.report import plots, scored, tables
+from almost_jax.report.blocks import INTERVALS, Block, Dialogue, FigureBlock, Listing, Section, TableBlock
 from almost_jax.report.tables import Claim, Table, Verdict
 from almost_jax.stages.templates import load_yaml
 
@@ -36,52 +35,6 @@ STAGE_NAMES = {
     "rlsf": "RLSF",
 }
 SAMPLES_SHOWN = 8
-INTERVALS = "Lines are 95% bootstrap intervals over queries."
-
-
-@dataclass(frozen=True)
-class FigureBlock:
-    """A figure with its caption; `name` is also its file's."""
-
-    name: str
-    figure: Figure
-    caption: str
-
-
-@dataclass(frozen=True)
-class TableBlock:
-    """A table with its caption."""
-
-    table: Table
-    caption: str
-
-
-@dataclass(frozen=True)
-class Dialogue:
-    """One query, and what several systems answered: (system, response, remark)."""
-
-    query: str
-    kind: str
-    replies: Sequence[tuple[str, str, str]]
-
-
-@dataclass(frozen=True)
-class Listing:
-    """Text as it is, folded away under a title."""
-
-    title: str
-    text: str
-
-
-Block: TypeAlias = str | FigureBlock | TableBlock | Dialogue | Listing
-
-
-@dataclass(frozen=True)
-class Section:
-    """A heading and what stands under it."""
-
-    title: str
-    blocks: Sequence[Block]
 
 
 @dataclass(frozen=True)
@@ -93,6 +46,8 @@ class Material:
     config: Mapping[str, Any]
     status: Mapping[str, Any]
     gold: Mapping[str, Any] | None
+    scores: Mapping[str, Any] | None
+    audit: Mapping[str, Any] | None
     items: Sequence[Record]
 
 
@@ -112,6 +67,8 @@ def load(directory: Path) -> Material:
         load_yaml(config),
         load_json(directory / "status.json") or {},
         load_json(directory / "evaluation" / "gold.json"),
+        load_json(directory / "evaluation" / "scores.json"),
+        load_json(directory / "audit" / "audit.json"),
         read_records(items) if items.exists() else [],
     )
 
@@ -133,10 +90,21 @@ def load_json(path: Path) -> dict[str, Any] | None:
 
 def sections(material: Material) -> list[Section]:
     """The whole report, without sections that would be empty. Call inside `plots.style()`."""
-    found = [] if material.gold is None else _judged(material, material.gold)
+    found = [scored.audit_section(material.audit)]
+    if material.gold is not None:
+        found += _judged(material, material.gold)
+    elif material.scores is not None:
+        rewards = {
+            stage: figures
+            for stage in ("as_is_reward", "reward")
+            if (figures := load_json(material.directory / stage / "evaluation.json")) is not None
+        }
+        found += scored.sections(material.scores, rewards, _labels(material), _comparisons(material))
+    else:
+        found.append(Section("Comparisons", _comparisons(material)))
     found += [
-        Section("Comparisons", _comparisons(material) if material.gold is None else []),
         Section("Sample responses", _dialogues(material)),
+        Section("Sample self-play", _self_play(material) if material.gold is None else []),
         Section("Training", _training(material)),
         Section("How the figures are defined", _definitions(material)),
         Section("Settings and versions", _provenance(material)),
@@ -148,7 +116,8 @@ def abstract(material: Material) -> str:
     """One paragraph: what was run, and what came of it."""
     start = f"Run {material.config.get('name', material.directory.name)}, seed {material.config.get('seed', 0)}."
     if material.gold is None:
-        return f"{start} No gold score was taken, so nothing here says how good the responses really are."
+        said = f"No gold score was taken, so nothing here says how good the responses really are{_instead(material)}."
+        return f"{start} {said}"
     found = tables.claims(material.gold)
     counts = Counter(claim.verdict for claim in found)
     parts = [f"{counts['holds']} of {len(found)} claims hold at the 95% level"]
@@ -185,12 +154,28 @@ def _judged(material: Material, gold: Mapping[str, Any]) -> list[Section]:
     ]
 
 
-def _rule_of_thumb(material: Material, gold: Mapping[str, Any]) -> list[Block]:
+def _instead(material: Material) -> str:
+    if material.scores is None:
+        return ""
+    steps = material.scores["steps"]
+    parts = []
+    for name, gains in steps.items():
+        better, worse = (tables.POLICY_NAMES[one] for one in name.split(" - "))
+        gain = gains["reward"]
+        parts.append(f"{better} over {worse} {gain['difference']:+.2f} ({tables.span(gain['ci95'], '+.2f')})")
+    return f"; by the reward model: {', '.join(parts)}" if parts else ""
+
+
+def _labels(material: Material) -> dict[str, str]:
     configurations = (material.config.get("comparisons") or {}).get("configurations") or {}
-    labels = {
+    return {
         name: f"{name}: {entry['model']}, {str(entry['demonstrations']).rsplit(':', 1)[-1]}, {entry['shots']}-shot"
         for name, entry in configurations.items()
     }
+
+
+def _rule_of_thumb(material: Material, gold: Mapping[str, Any]) -> list[Block]:
+    labels = _labels(material)
     n = max(figure["n"] for figure in gold["configurations"].values())
     return [
         FigureBlock(
@@ -329,7 +314,9 @@ def _comparisons(material: Material) -> list[Block]:
 
 
 def _dialogues(material: Material) -> list[Block]:
-    """The first held-out query of each kind with every policy's response; else the last samples of RLSF."""
+    """Held-out queries with every policy's response, one of each kind where there are kinds; else samples of RLSF."""
+    if material.gold is None and material.items:
+        return scored.policy_samples(material.items)
     by_query: dict[str, dict[str, Record]] = {}
     for item in material.items:
         if item["system"].startswith("policy/"):
@@ -356,6 +343,11 @@ def _dialogues(material: Material) -> list[Block]:
     ]
 
 
+def _self_play(material: Material) -> list[Block]:
+    path = material.directory / "demonstrations.jsonl"
+    return scored.self_play_samples(read_records(path)) if path.exists() else []
+
+
 def _training(material: Material) -> list[Block]:
     blocks: list[Block] = []
     for stage, fields in CURVES.items():
@@ -367,10 +359,11 @@ def _training(material: Material) -> list[Block]:
 
 
 def _definitions(material: Material) -> list[Block]:
-    if material.gold is None:
+    figures = material.scores if material.gold is None else material.gold
+    if figures is None:
         return []
-    bootstrap, contamination = material.gold["bootstrap"], material.gold["contamination"]
-    rows = [(name.replace("_", " "), text) for name, text in material.gold.get("definitions", DEFINITIONS).items()]
+    bootstrap, contamination = figures["bootstrap"], figures["contamination"]
+    rows = [(name.replace("_", " "), text) for name, text in figures.get("definitions", DEFINITIONS).items()]
     found = ", ".join(f"{count} in {place}" for place, count in contamination.items() if count)
     return [
         TableBlock(

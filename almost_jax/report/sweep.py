@@ -7,8 +7,9 @@ from typing import Any
 
 from almost_jax.evaluation.statistics import t_interval
 from almost_jax.io.records import write_bytes
+from almost_jax.report.blocks import Section, TableBlock
 from almost_jax.report.page import environment
-from almost_jax.report.sections import Section, TableBlock, load_json
+from almost_jax.report.sections import load_json
 from almost_jax.report.tables import Claim, Table, as_markdown, claims, figures, number, span
 from almost_jax.report.text import markdown, one_line
 

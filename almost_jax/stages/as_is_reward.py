@@ -12,13 +12,24 @@ from almost_jax.io.records import read_records
 from almost_jax.io.run import Run
 from almost_jax.microworld import community
 from almost_jax.stages.reward import Pair, make_pair, train_reward_model
+from almost_jax.stages.votes import HUB, hub_votes
 
 
 def run_stage(run: Run) -> dict[str, Any]:
-    """Train on votes, the config's or the micro-world's -> as_is_reward/model."""
+    """Train on votes, the config's or the micro-world's -> as_is_reward/model; nothing with `votes: none`.
+
+    Raises:
+        InputError: the votes can't be read.
+    """
     config = run.config.as_is_reward
+    if config.votes == "none":
+        run.say("as_is_reward: as_is_reward.votes is none, so there is no as-is reward model and no filter by it")
+        return {"votes": "none"}
     if config.votes == "microworld":
         pairs = [vote_pair(vote, "votes") for vote in community.votes(run.seed("as_is_reward/votes"), config.pairs)]
+    elif config.votes.startswith(HUB):
+        records = hub_votes(config.votes, config.pairs, run.seed("as_is_reward/votes"))
+        pairs = [vote_pair(record, f"{config.votes}: pair {place}") for place, record in enumerate(records, start=1)]
     else:
         pairs = load_votes(Path(config.votes))[: config.pairs]
     return train_reward_model(

@@ -123,7 +123,7 @@ def run_responses(run: Run) -> dict[str, Any]:
     """
     rankings(run.config.comparisons)
     queries = read_records(run.path("queries.jsonl"))
-    plan = _by_model(run.config.comparisons.configurations)
+    plan = by_model(run.config.comparisons.configurations)
     expected = (response_key({"configuration": name, "query_id": query["id"]}) for name in plan for query in queries)
     path = run.path("responses.jsonl")
     with RecordWriter(path, key=response_key) as writer:
@@ -132,7 +132,7 @@ def run_responses(run: Run) -> dict[str, Any]:
         with run.progress("responses", len(plan) * len(queries), done) as progress, jax.set_mesh(run.mesh):
             for place, name in enumerate(plan):
                 already = min(max(done - place * len(queries), 0), len(queries))
-                for record in _respond(run, name, queries, already):
+                for record in respond_as(run, name, queries, already):
                     writer.write(record)
                     progress.advance()
         writer.finish()
@@ -243,7 +243,7 @@ def _place(name: str, field: Literal["model", "demonstrations"], config: Compari
     return order.index(value)
 
 
-def _by_model(configurations: Mapping[str, PromptedModel]) -> list[str]:
+def by_model(configurations: Mapping[str, PromptedModel]) -> list[str]:
     """The configurations with those of one model next to each other, in the order of their first appearance."""
     models = list(dict.fromkeys(prompted.model for prompted in configurations.values()))
     return sorted(configurations, key=lambda name: models.index(configurations[name].model))
@@ -255,8 +255,8 @@ def _check_resumed(done: Iterable[str], expected: Iterator[str], path: str) -> N
         raise InputError(f"{path}: was begun with other queries or configurations; delete it to start anew")
 
 
-def _respond(run: Run, name: str, queries: Sequence[Mapping[str, Any]], already: int) -> Iterator[dict[str, Any]]:
-    """The response records of one configuration after the first `already`."""
+def respond_as(run: Run, name: str, queries: Sequence[Mapping[str, Any]], already: int) -> Iterator[dict[str, Any]]:
+    """The response records of one configuration to each query after the first `already`."""
     if already == len(queries):
         return
     prompted = run.config.comparisons.configurations[name]

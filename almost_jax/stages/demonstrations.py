@@ -6,12 +6,13 @@ reward model scores best is kept; n = 1 without a reward model is plain self-pla
 """
 
 import dataclasses
-from collections.abc import Sequence
+import re
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
 
-from almost_jax.config import PromptedModel, SamplingConfig
+from almost_jax.config import DemonstrationsConfig, PromptedModel, SamplingConfig
 from almost_jax.errors import InputError
 from almost_jax.io.models import Model
 from almost_jax.io.records import Record, RecordWriter, read_records
@@ -107,7 +108,7 @@ def play(run: Run, name: str, n: int, scorer: RewardScorer | None) -> dict[str, 
                 part = queries[start : start + chunk]
                 if all(query["id"] in writer.done for query in part):
                     continue
-                for dialogue in play_chunk(part, assistant, user, n, config.max_turns, scorer, evaluation):
+                for dialogue in play_chunk(part, assistant, user, n, config, scorer, evaluation):
                     if dialogue.query_id not in writer.done:
                         writer.write(demonstration_record(dialogue))
                         progress.advance()
@@ -120,24 +121,26 @@ def play_chunk(
     assistant: Speaker,
     user: Speaker,
     n: int,
-    max_turns: int,
+    config: DemonstrationsConfig,
     scorer: RewardScorer | None,
     evaluation: frozenset[str],
 ) -> list[Dialogue]:
     """Play one dialogue per query, all of them turn by turn.
 
-    A dialogue ends after `max_turns` assistant turns, at a user turn that is empty or an evaluation query, or when no
-    candidate says anything. The last turn is the assistant's, save in a dialogue that never got an answer.
+    A dialogue ends after `max_turns` assistant turns, at a user turn that is empty, says farewell or is an evaluation
+    query, or when no candidate says anything. The last turn is the assistant's, save in a dialogue that never got an
+    answer.
     """
     dialogues = [
         Dialogue(query["id"], [{"role": "human", "text": query["text"]}], [[]]) for query in queries
     ]
-    for turn in range(max_turns):
+    for turn in range(config.max_turns):
         playing = [dialogue for dialogue in dialogues if dialogue.open]
         if turn:
             requests = [DialogueRequest(f"{dialogue.query_id}/{turn}", dialogue.turns) for dialogue in playing]
             for dialogue, asked in zip(playing, user.reply(requests, "human"), strict=True):
-                dialogue.open = bool(asked.text) and plain_text(asked.text) not in evaluation
+                over = not asked.text or says_farewell(asked.text, config.farewells)
+                dialogue.open = not over and plain_text(asked.text) not in evaluation
                 if dialogue.open:
                     dialogue.add("human", asked.text, [])
             playing = [dialogue for dialogue in playing if dialogue.open]
@@ -156,6 +159,19 @@ def play_chunk(
                 dialogue.turns.pop()
                 dialogue.candidates.pop()
     return dialogues
+
+
+def says_farewell(text: str, farewells: Collection[str]) -> bool:
+    """Whether a user's turn begins or ends with one of the farewells, whatever its case and punctuation.
+
+    "Thanks, bye!" does; "Write a goodbye card." doesn't.
+    """
+    words = re.findall(r"[\w'-]+", text.lower().replace("\u2019", "'"))
+    for farewell in farewells:
+        phrase = farewell.lower().split()
+        if phrase in (words[: len(phrase)], words[-len(phrase) :]):
+            return True
+    return False
 
 
 def choose(candidates: Sequence[dict[str, Any]]) -> str | None:

@@ -7,20 +7,30 @@ import dataclasses
 import re
 from collections import Counter
 from collections.abc import Sequence
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from almost_jax.config import SelfInstructConfig
 from almost_jax.errors import InputError
+from almost_jax.io.records import Record, read_records
 from almost_jax.stages.templates import load_yaml, prompt_file
 
 Rejection: TypeAlias = Literal[
-    "unfinished", "malformed", "too_short", "too_long", "not_text", "missing_input", "duplicate", "near_duplicate"
+    "unfinished",
+    "malformed",
+    "too_short",
+    "too_long",
+    "no_request",
+    "not_text",
+    "missing_input",
+    "duplicate",
+    "near_duplicate",
 ]
 REJECTIONS: tuple[Rejection, ...] = (
     "unfinished",
     "malformed",
     "too_short",
     "too_long",
+    "no_request",
     "not_text",
     "missing_input",
     "duplicate",
@@ -34,6 +44,38 @@ _ITEM = re.compile(rf"^\s*(?:[-*\u2022]\s+)?{_NUMBER}(?:\s+|$)(?P<text>.*)$", re
 _ANSWER = re.compile(r"^\s*(?:answer|output|response|solution|a|assistant|ai)\s*:", re.IGNORECASE)
 # A list goes on when its next number is the same (a slip) or a little higher.
 _LARGEST_STEP = 3
+
+# What makes a text a request: it asks, or one of its sentences begins with what is to be done. A vanilla model also
+# writes statements and answers into its lists.
+_ASKS = re.compile(
+    r"""[?\u00bf] | ^\W*(?:what | who | whose | which | why | how | is | are | do | does | did | can | should)\b | \b(?:
+        please | (?:can | could | would | will)\s+you | help\s+me | i\s+(?:need | want | would\s+like | have\s+to)
+      | i'd\s+like | i'm\s+looking\s+for | (?:your | in\s+this)\s+task | given\s+an? | you\s+(?:need | have)\s+to
+      | you\s+(?:are | will\s+be)\s+(?:given | asked | provided) | tell\s+me | let's | come\s+up\s+with | point\s+out
+    )\b""",
+    re.IGNORECASE | re.VERBOSE,
+)
+_VERBS = """
+    adapt add advise analyse analyze answer argue arrange assign assume brainstorm build calculate categorise
+    categorize change check choose cite classify combine comment compare complete compose compute conclude
+    condense consider construct continue contrast convert convince correct count create criticise criticize
+    critique debate debug decide decode define delete derive describe design detect determine develop devise
+    differentiate discuss distinguish do draft edit elaborate encode estimate evaluate examine expand explain
+    explore express extend extract fact-check fill find fix form format formulate generate give go group guess
+    guide highlight identify illustrate imagine implement improve infer insert interpret introduce invent judge
+    justify label link list make match mention model modify name narrate negate offer optimise optimize order
+    organise organize outline output paraphrase persuade pick plan predict prepare present pretend print produce
+    proofread propose prove provide put quote rank rate rearrange recite recommend rectify reduce refactor
+    reflect remove reorder rephrase replace reply report respond restate return reverse review revise rewrite
+    role-play round say select share shorten show simplify simulate solve sort speak specify spell split state
+    structure study suggest sum summarise summarize suppose swap take talk teach tell think transform translate
+    trim try turn understand unscramble use verify walk weigh wish word work write
+""".split()
+_TELLS = re.compile(
+    rf"""(?:^\W*|[.!:;\n]["'\u201d]?\s+|,\s+(?:and\s+|then\s+)?)
+    (?:(?:then|now|also|first|next|briefly|kindly|in\s+\w+(?:\s+\w+)?,?)\s+)?(?:{"|".join(_VERBS)})\b""",
+    re.IGNORECASE | re.VERBOSE,
+)
 
 # What can't be shown to, or done by, something that reads and writes text only.
 _NOT_TEXT = re.compile(
@@ -64,8 +106,11 @@ class Candidate:
     complete: bool
 
 
-def load_seeds(name: str) -> list[str]:
-    """The seed requests of a yaml file `instructions: ["...", ...]`.
+def load_instructions(name: str) -> list[str]:
+    """The requests of a yaml file `instructions: ["...", ...]`, or of a jsonl file.
+
+    A line of a jsonl file has its request in `text`, `instruction` (Self-Instruct's seed tasks, with the `input` of the
+    first of their `instances` behind it), or as the first of its `turns` (Vicuna's questions).
 
     Args:
         name: the name of a file in stages/prompts, or a path.
@@ -74,17 +119,32 @@ def load_seeds(name: str) -> list[str]:
         InputError: the file is missing, breaks the format, or has a request twice.
     """
     path = prompt_file(name)
-    entries = load_yaml(path).get("instructions")
-    if not isinstance(entries, list) or not entries:
-        raise InputError(f"{path}: `instructions` must be a list of texts")
-    for number, entry in enumerate(entries, start=1):
+    if path.suffix == ".jsonl":
+        places = [(f"record {number}", _request(record)) for number, record in enumerate(read_records(path), start=1)]
+    else:
+        entries = load_yaml(path).get("instructions")
+        if not isinstance(entries, list) or not entries:
+            raise InputError(f"{path}: `instructions` must be a list of texts")
+        places = [(f"instruction {number}", entry) for number, entry in enumerate(entries, start=1)]
+    for place, entry in places:
         if not isinstance(entry, str) or not entry.strip():
-            raise InputError(f"{path}: instruction {number} must be a text, not {entry!r}")
-    seeds = [" ".join(entry.split()) for entry in entries]
-    twice = [seed for seed, count in Counter(seeds).items() if count > 1]
+            raise InputError(f"{path}: {place} must be a text, not {entry!r}")
+    found = [" ".join(entry.split()) if path.suffix != ".jsonl" else entry.strip() for _, entry in places]
+    twice = [text for text, count in Counter(found).items() if count > 1]
     if twice:
-        raise InputError(f"{path}: {twice[0]!r} stands there {seeds.count(twice[0])} times; once is right")
-    return seeds
+        raise InputError(f"{path}: {twice[0]!r} stands there {found.count(twice[0])} times; once is right")
+    return found
+
+
+def _request(record: Record) -> Any:
+    """The request of a line of a jsonl file; None if there is none."""
+    if "turns" in record and isinstance(record["turns"], list):
+        return next(iter(record["turns"]), None)
+    text = record.get("text", record.get("instruction"))
+    instances = record.get("instances")
+    first = instances[0] if isinstance(instances, list) and instances else {}
+    given = first.get("input") if isinstance(first, dict) else None
+    return f"{text}\n\n{given}" if isinstance(text, str) and given else text
 
 
 def list_prompt(examples: Sequence[str]) -> str:
@@ -134,6 +194,8 @@ def reject(candidate: Candidate, config: SelfInstructConfig) -> Rejection | None
         return "too_short"
     if len(words) > config.max_words:
         return "too_long"
+    if not (_ASKS.search(text) or _TELLS.search(text)):
+        return "no_request"
     if _NOT_TEXT.search(text):
         return "not_text"
     if text.endswith((":", "...", "\N{HORIZONTAL ELLIPSIS}")) or (_POINTS_AHEAD.search(text) and not _has_input(text)):

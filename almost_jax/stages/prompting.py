@@ -10,7 +10,7 @@ from almost_jax.io.tokenizer import Tokenizer
 from almost_jax.sampling.engine import Completion, Request, generate
 from almost_jax.sampling.sampler import SamplingRules
 from almost_jax.stages.dialogues import prompt_tokens
-from almost_jax.stages.templates import LABELS, Role, Turn, query_prompt
+from almost_jax.stages.templates import LABELS, SEPARATOR, Role, Turn, own_words, query_prompt, whole_sentences
 
 # Prompts are padded to a multiple of this many tokens, so that few shapes are compiled.
 PROMPT_MULTIPLE = 16
@@ -45,8 +45,9 @@ def respond(
 ) -> Iterator[Reply]:
     """Sample the next turn of every dialogue.
 
-    A vanilla model (one with demonstrations) ends its turn by going on with the next speaker's label or by the end of
-    text; a fine-tuned one (without) by the end of text alone, and nothing that it writes is cut off.
+    A vanilla model (one with demonstrations) ends its turn by going on with the next speaker's label, by the line that
+    parts dialogues if its prompt has such lines, or by the end of text; a fine-tuned one (without) by the end of text
+    alone, and nothing that it writes is cut off.
 
     Args:
         model: a policy.
@@ -72,7 +73,7 @@ def respond(
         prefix, prompts = [], [prompt_tokens(tokenizer, request.turns) for request in requests]
     else:
         raise ValueError("a fine-tuned model knows the assistant's turns alone; give demonstrations for the human's")
-    stops = stop_strings() if vanilla else ()
+    stops = stop_strings(demonstrations_text) if vanilla else ()
     rules = sampling_rules(sampling, stop_tokens(tokenizer, stops))
     completions = generate(
         model.params,
@@ -85,7 +86,7 @@ def respond(
         prompt_multiple=PROMPT_MULTIPLE,
     )
     for completion in completions:
-        yield reply(tokenizer, completion, stops)
+        yield reply(tokenizer, completion, stops, vanilla and sampling.trim_unfinished)
 
 
 def sampling_rules(sampling: SamplingConfig, stop_tokens: tuple[int, ...]) -> SamplingRules:
@@ -99,9 +100,10 @@ def sampling_rules(sampling: SamplingConfig, stop_tokens: tuple[int, ...]) -> Sa
     )
 
 
-def stop_strings() -> tuple[str, ...]:
-    """What ends a vanilla model's turn: a speaker's label at the beginning of a line."""
-    return tuple(f"\n{label}" for label in LABELS.values())
+def stop_strings(demonstrations_text: str) -> tuple[str, ...]:
+    """What ends a vanilla model's turn: a speaker's label, or the line that parts dialogues where the prompt has it."""
+    labels = tuple(f"\n{label}" for label in LABELS.values())
+    return (*labels, f"\n{SEPARATOR}") if f"\n{SEPARATOR}\n" in demonstrations_text else labels
 
 
 def stop_tokens(tokenizer: Tokenizer, stops: Sequence[str]) -> tuple[int, ...]:
@@ -124,13 +126,25 @@ def cut(text: str, stops: Sequence[str]) -> tuple[str, bool]:
     return (lined[: min(found)].strip(), True) if found else (text.strip(), False)
 
 
-def reply(tokenizer: Tokenizer, completion: Completion, stops: Sequence[str]) -> Reply:
-    """Turn a completion's tokens into a turn: the stop token goes, and the text ends before the first stop string."""
+def reply(tokenizer: Tokenizer, completion: Completion, stops: Sequence[str], trim: bool) -> Reply:
+    """Turn a completion's tokens into a turn.
+
+    Args:
+        tokenizer: the model's.
+        completion: what it wrote; the stop token goes.
+        stops: the text ends before the first of these, and before any label of somebody else; none for a fine-tuned
+            model.
+        trim: whether a half sentence at the end of a turn that ran out of tokens goes too.
+    """
     tokens = list(completion.content)
-    text, found = cut(tokenizer.decode(tokens), stops)
-    if found:
+    whole, found = cut(tokenizer.decode(tokens), stops)
+    text = own_words(whole) if stops else whole
+    stopped = completion.stopped or found or text != whole
+    if trim and not stopped:
+        text = whole_sentences(text)
+    if found or text != whole:
         tokens = tokens[: _tokens_of(tokenizer, tokens, text)]
-    return Reply(completion.id, text, len(tokens), "stop" if completion.stopped or found else "length")
+    return Reply(completion.id, text, len(tokens), "stop" if stopped else "length")
 
 
 def _tokens_of(tokenizer: Tokenizer, tokens: Sequence[int], text: str) -> int:

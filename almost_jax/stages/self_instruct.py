@@ -17,7 +17,15 @@ from almost_jax.io.models import Model
 from almost_jax.io.records import RecordWriter, write_records
 from almost_jax.io.run import Run
 from almost_jax.sampling.engine import Request, generate
-from almost_jax.stages.instructions import REJECTIONS, Candidate, Rejection, list_prompt, load_seeds, parse_list, reject
+from almost_jax.stages.instructions import (
+    REJECTIONS,
+    Candidate,
+    Rejection,
+    list_prompt,
+    load_instructions,
+    parse_list,
+    reject,
+)
 from almost_jax.stages.prompting import PROMPT_MULTIPLE, sampling_rules, stop_tokens
 from almost_jax.stages.similarity import SimilarityPool
 
@@ -45,7 +53,7 @@ def self_instruct(run: Run, query_id: Callable[[str], str]) -> dict[str, Any]:
         InputError: the seeds don't suffice for a prompt, or the unfinished file is another run's.
     """
     config, count = run.config.queries.self_instruct, run.config.queries.count
-    seeds = load_seeds(config.seeds)
+    seeds = [" ".join(text.split()) for text in load_instructions(config.seeds)]
     if len(seeds) < config.in_context:
         raise InputError(
             f"{config.seeds}: has {len(seeds)} instructions, but self_instruct.in_context is {config.in_context}"

@@ -1,9 +1,12 @@
 r"""Dialogues as plain text: the one format that prompts, fine-tuning and reward models share.
 
 A dialogue is `"Human: {q}\n\nAssistant: {r}\n\nHuman: ..."`. A few-shot prompt is demonstrations in that format,
-each turn ended by a blank line, so that a vanilla model takes the query for the next dialogue of the transcript.
+each turn ended by a blank line, so that a vanilla model takes the query for the next dialogue of the transcript. Files
+may set dialogues apart by lines of dashes, which tell the model (and us) where one ends.
 """
 
+import dataclasses
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypedDict
@@ -25,6 +28,20 @@ class Turn(TypedDict):
 
 LABELS: dict[Role, str] = {"human": "Human:", "assistant": "Assistant:"}
 END_OF_TURN = "\n\n"
+SEPARATOR = "-----"
+
+# Our own labels open a turn at the beginning of a line or behind a sentence, others at the beginning of a line only.
+_OTHERS = re.compile(
+    r"(?:^|(?<=[.!?\"')\]\u201d])\s+)(?:Human|Assistant):"
+    r"|^[#*>\s]*(?:Human|Assistant|User|AI(?:\s+Assistant)?|Bot|Chatbot|System)\s*(?:\*\*)?:",
+    re.MULTILINE,
+)
+# The end of a sentence, closing quotes and brackets included; numbers of lists and usual abbreviations are none.
+_SENTENCE = re.compile(
+    r"(?<!\b[A-Za-z])(?<!\bMr)(?<!\bDr)(?<!\bMs)(?<!\bvs)(?<!\bMrs)(?<!\betc)(?<!^\d)(?<!^\d\d)"
+    r"[.!?\u2026]+[\"'\u201d\u2019)\]*_`]*(?=\s|$)",
+    re.MULTILINE,
+)
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 _PROMPTS = _PACKAGE / "stages" / "prompts"
@@ -58,39 +75,90 @@ def few_shot_prefix(dialogues: Sequence[Sequence[Turn]], shots: int) -> str:
     Raises:
         InputError: there are fewer dialogues than shots.
     """
-    if shots > len(dialogues):
-        raise InputError(f"shots: {shots} were asked for, but there are only {len(dialogues)} demonstrations")
-    return "".join(render(dialogue) + END_OF_TURN for dialogue in dialogues[:shots])
+    return "".join(render(dialogue) + END_OF_TURN for dialogue in _first(dialogues, shots))
 
 
 def demonstrations_text(prompted: PromptedModel) -> str:
-    """The few-shot prompt of a prompted model.
+    """The few-shot prompt of a prompted model: the first `shots` dialogues, with what stands before and between them.
 
     Raises:
         InputError: the demonstrations are missing, malformed or fewer than the shots.
     """
     try:
-        return few_shot_prefix(load_demonstrations(prompted.demonstrations), prompted.shots)
+        found = load_prompt(prompted.demonstrations)
+        if not found.separated:
+            return found.preamble + few_shot_prefix(found.dialogues, prompted.shots)
+        shown = [f"{render(dialogue)}{END_OF_TURN}" for dialogue in _first(found.dialogues, prompted.shots)]
     except InputError as error:
         raise InputError(f"demonstrations {prompted.demonstrations!r}: {error}") from error
+    line = f"{SEPARATOR}{END_OF_TURN}"
+    return (f"{found.preamble}{line}" if found.preamble else "") + "".join(f"{one}{line}" for one in shown)
+
+
+@dataclasses.dataclass(frozen=True)
+class Demonstrations:
+    """A file of dialogues: the text before them ("" or ended by a blank line), and whether lines part them."""
+
+    preamble: str
+    dialogues: list[list[Turn]]
+    separated: bool
 
 
 def load_demonstrations(name: str) -> list[list[Turn]]:
+    """The dialogues of `load_prompt`."""
+    return load_prompt(name).dialogues
+
+
+def load_prompt(name: str) -> Demonstrations:
     """Read a file of dialogues.
 
+    A yaml file has `dialogues: [{turns: [{human: "..."}, {assistant: "..."}]}]` and, if wanted, `preamble: "..."` and
+    `separator: true`. A text file is in the format of the HHH prompt of Askell et al. 2021 (arXiv 2112.00861): an
+    introduction, then dialogues with `Human:` and `Assistant:` before every turn, parted by lines of dashes. A last
+    turn of the human's, which nobody answers, is left out.
+
     Args:
-        name: `microworld:NAME` for the micro-world's own, NAME for a file of stages/prompts, or a path to a yaml file
-            `dialogues: [{turns: [{human: "..."}, {assistant: "..."}]}]`.
+        name: `microworld:NAME` for the micro-world's own, NAME for a file of stages/prompts, or a path to a file.
 
     Raises:
         InputError: there is no such file, or it breaks the format; turns must alternate from the human to the
             assistant, who has the last word.
     """
     path = prompt_file(name)
-    entries = load_yaml(path).get("dialogues")
+    if path.suffix not in (".yaml", ".yml"):
+        return _from_text(path)
+    content = load_yaml(path)
+    entries, preamble, separated = content.get("dialogues"), content.get("preamble", ""), content.get("separator")
     if not isinstance(entries, list) or not entries:
         raise InputError(f"{path}: `dialogues` must be a list of dialogues with `turns`")
-    return [_dialogue(entry, f"{path}: dialogue {number}") for number, entry in enumerate(entries, start=1)]
+    if not isinstance(preamble, str):
+        raise InputError(f"{path}: `preamble` must be a text, not {preamble!r}")
+    if separated not in (None, True, False):
+        raise InputError(f"{path}: `separator` must be true or false, not {separated!r}")
+    dialogues = [_dialogue(entry, f"{path}: dialogue {number}") for number, entry in enumerate(entries, start=1)]
+    return Demonstrations(_ended(preamble), dialogues, bool(separated))
+
+
+def own_words(text: str) -> str:
+    """A turn up to where it goes on as somebody else's.
+
+    A vanilla model writes on after its turn, at times within the line, and at times under labels that it knows from
+    elsewhere ("User:", "**AI:**"); none of them may stay.
+    """
+    match = _OTHERS.search(text)
+    return text[: match.start()].rstrip() if match else text
+
+
+def whole_sentences(text: str) -> str:
+    """A text without the half sentence at its end.
+
+    It ends with the last sentence, or with the last line that is complete (an item of a list, a row of a table) and
+    announces nothing, whichever is later. A text without either stays as it is: half a sentence says more than nothing.
+    """
+    ends = [match.end() for match in _SENTENCE.finditer(text)]
+    breaks = [match.start() for match in re.finditer(r"\n", text)]
+    ends += [place for place in breaks if not re.search(r"[:,;\-]\s*$", text[:place])]
+    return text[: max(ends)].rstrip() if ends else text
 
 
 def prompt_file(name: str) -> Path:
@@ -101,7 +169,7 @@ def prompt_file(name: str) -> Path:
     """
     if name.startswith("microworld:"):
         folder, stem = _MICROWORLD, name.removeprefix("microworld:")
-    elif name.endswith((".yaml", ".yml")) or "/" in name:
+    elif name.endswith((".yaml", ".yml", ".jsonl", ".txt")) or "/" in name:
         path = Path(name)
         if not path.is_file():
             raise InputError(f"{name}: there is no such file")
@@ -146,3 +214,38 @@ def _dialogue(entry: Any, where: str) -> list[Turn]:
     if turns[-1]["role"] != "assistant":
         raise InputError(f"{where}: must end with the assistant's turn")
     return turns
+
+
+def _from_text(path: Path) -> Demonstrations:
+    """Dialogues in the HHH prompt's format."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: can't be read as text ({error}); give a yaml or text file of dialogues") from error
+    parts = re.split(r"^[ \t]*-{3,}[ \t]*$", text, flags=re.MULTILINE)
+    label = re.compile(r"^(Human|Assistant):[ \t]*", re.MULTILINE)
+    first = label.search(parts[0])
+    preamble = parts[0][: first.start()] if first else parts[0]
+    parts[0] = parts[0][len(preamble) :]
+    dialogues: list[list[Turn]] = []
+    for part in parts:
+        if not part.strip():
+            continue
+        _, *pieces = label.split(part)
+        entries = [{who.lower(): said.strip()} for who, said in zip(pieces[::2], pieces[1::2], strict=True)]
+        if entries and "human" in entries[-1]:
+            entries.pop()
+        dialogues.append(_dialogue({"turns": entries}, f"{path}: dialogue {len(dialogues) + 1}"))
+    if not dialogues:
+        raise InputError(f"{path}: holds no dialogue; each needs turns that begin with Human: and Assistant:")
+    return Demonstrations(_ended(preamble), dialogues, len(parts) > 1)
+
+
+def _ended(preamble: str) -> str:
+    return preamble.strip() + END_OF_TURN if preamble.strip() else ""
+
+
+def _first(dialogues: Sequence[Sequence[Turn]], shots: int) -> Sequence[Sequence[Turn]]:
+    if shots > len(dialogues):
+        raise InputError(f"shots: {shots} were asked for, but there are only {len(dialogues)} demonstrations")
+    return dialogues[:shots]

@@ -34,7 +34,7 @@ def test_compare_gives_means_and_gains_in_order() -> None:
     items = [item("policy/sft", "a", 0.5), item("policy/sft", "b", 0.7), item("policy/rlsf", "a", 0.9)]
     items.append(item("policy/rlsf", "b", 1.0))
     systems = {"prompted": "policy/prompted", "sft": "policy/sft", "rlsf": "policy/rlsf"}
-    means, gains = analyses.compare(items, systems, ["a", "b"], BOOTSTRAP)
+    means, gains = analyses.compare(items, systems, "gold", ["a", "b"], BOOTSTRAP)
     assert list(means) == ["sft", "rlsf"]  # prompted has no items
     assert means["sft"]["mean"] == pytest.approx(0.6)
     assert list(gains) == ["rlsf - sft"]
@@ -154,7 +154,7 @@ def test_curve_is_in_order_of_steps() -> None:
         for step, kl, reward, gold in ((100, 3.0, 2.0, 0.4), (0, 0.0, 0.5, 0.6), (20, 1.0, 1.0, 0.8))
         for query in "ab"
     ]
-    curve = analyses.over_optimisation(items, ["a", "b"], BOOTSTRAP)
+    curve = analyses.over_optimisation(items, ("kl", "reward", "gold"), ["a", "b"], BOOTSTRAP)
     assert [(point["step"], point["kl"], point["reward"], point["gold"]) for point in curve] == [
         (0, 0.0, 0.5, 0.6),
         (20, 1.0, 1.0, 0.8),

@@ -15,6 +15,7 @@ from rich.console import Console
 from almost_jax.config import ExperimentConfig, MeshConfig
 from almost_jax.core.partitioning import make_mesh
 from almost_jax.evaluation import gold
+from almost_jax.evaluation.held_out import held_out_queries
 from almost_jax.io.records import write_records
 from almost_jax.io.run import Run
 from almost_jax.microworld.answers import ADMISSIONS, REFUSALS, answer, sentence
@@ -81,7 +82,7 @@ def write_run(directory: Path, seed: int) -> None:
     (directory / "config.yaml").write_text(yaml.safe_dump(config) + "# ``` <script>alert(4)</script>\n")
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     run = Run(directory, ExperimentConfig.model_validate(config), mesh, False, Console(file=io.StringIO()))
-    held_out = gold.held_out_queries(run)
+    held_out = held_out_queries(run)
     items = make_items(held_out, rng)
     write_records(directory / "evaluation" / "items.jsonl", items)
     texts = generate_queries(seed, 40, "training")
@@ -112,7 +113,7 @@ def write_run(directory: Path, seed: int) -> None:
     entry = {"state": "done", "fingerprint": "f", "seconds": 12.5, "versions": {"jax": "1.2.3"}, "commit": "abc"}
     status = {"stages": {"queries": entry, "rlsf": {"state": "pending"}}}
     (directory / "status.json").write_text(json.dumps(status))
-    figures = gold.analyse(run, held_out, items)
+    figures = gold.analyse(run, held_out, items) | {"contamination": {"queries": 0}}
     (directory / "evaluation" / "gold.json").write_text(json.dumps(figures, allow_nan=False))
 
 

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from almost_jax.config import DemonstrationsConfig
 from almost_jax.io.records import read_records, write_records
 from almost_jax.io.run import Run
 from almost_jax.stages import demonstrations, reward
-from almost_jax.stages.demonstrations import Speaker, play_chunk
+from almost_jax.stages.demonstrations import Speaker, play_chunk, says_farewell
 from almost_jax.stages.prompting import DialogueRequest, Reply
 from almost_jax.stages.templates import Role, Turn
 
@@ -39,11 +40,15 @@ class Longest:
         return np.array([-abs(10 - len(dialogue[-1]["text"])) for dialogue in dialogues], np.float32)
 
 
+_PROMPTED = {"model": "m", "demonstrations": "d", "shots": 1}
+CONFIG = DemonstrationsConfig.model_validate(
+    {"assistant": _PROMPTED, "user": _PROMPTED, "max_turns": 2, "farewells": ["bye", "See you"]}
+)
 QUERIES = [{"id": f"q{i}", "text": f"query {i}"} for i in range(5)]
 
 
 def played(assistant: Scripted, user: Scripted, n: int, scorer: Any, evaluation: Sequence[str] = ()) -> list[Any]:
-    dialogues = play_chunk(QUERIES, assistant, user, n, 2, scorer, frozenset(evaluation))
+    dialogues = play_chunk(QUERIES, assistant, user, n, CONFIG, scorer, frozenset(evaluation))
     return [demonstrations.demonstration_record(dialogue) for dialogue in dialogues]
 
 
@@ -190,3 +195,28 @@ def test_guided_scores_are_the_reward_models(with_reward_model: Callable[[Path],
                 best = max(candidate["score"] for candidate in speaking)
                 assert turn["text"] in [candidate["text"] for candidate in speaking if candidate["score"] == best]
     assert summary["dialogues"] == 10
+
+
+@pytest.mark.parametrize(
+    ("text", "over"),
+    [
+        ("Bye!", True),
+        ("Thanks, that helps. Bye", True),
+        ("see\u00a0 you.", True),
+        ("Bye for now, and thanks", True),
+        ("Write a card that says bye to a colleague", False),
+        ("Did you see your answer?", False),
+        ("Goodbye", False),  # not in the list
+        ("", False),
+    ],
+)
+def test_a_farewell_begins_or_ends_a_turn(text: str, over: bool) -> None:
+    assert says_farewell(text, CONFIG.farewells) is over
+
+
+def test_a_user_who_says_farewell_ends_the_dialogue_with_the_assistants_word() -> None:
+    user = Scripted(lambda name: "Thanks, bye!" if name.startswith("q2") else "and then?")
+    records = played(Scripted(lambda name: f"to {name}"), user, 1, None)
+    assert [len(record["turns"]) for record in records] == [4, 4, 2, 4, 4]
+    assert records[2]["turns"][-1]["role"] == "assistant"
+    assert "bye" not in str(records)

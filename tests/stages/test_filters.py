@@ -1,9 +1,12 @@
 import copy
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from almost_jax.config import FiltersConfig
+from almost_jax.io.records import read_records
 from almost_jax.stages.filters import (
     count_verdicts,
     filter_pair,
@@ -150,3 +153,28 @@ def test_filtering_again_equals_filtering_anew_and_changes_no_input():
         "length": 1,
         "as_is_reward": 1,
     }
+
+
+ANSWERS = Path(os.environ.get("ALMOST_JAX_DATA", Path(__file__).parents[2] / "shared" / "data")) / "vicuna_bench"
+
+
+@pytest.mark.skipif(not ANSWERS.exists(), reason="needs the recorded answers to the Vicuna questions")
+def test_a_vanilla_models_answers_are_rejected_for_reasons_that_a_reader_shares():
+    """LLaMA-13B's answers, ranked below Alpaca's and Vicuna's as a larger model would be above."""
+    answers = {
+        name: {line["question_id"]: line["text"] for line in read_records(ANSWERS / f"answers_{name}-13b.jsonl")}
+        for name in ("vicuna", "alpaca", "llama")
+    }
+    filters = FiltersConfig(as_is=False)
+    dropped: dict[str | None, list[int]] = {}
+    for question, llama in answers["llama"].items():
+        texts = [answers[name][question] for name in ("vicuna", "alpaca", "llama")]
+        dropped.setdefault(verdict(texts[1], llama, texts, None, filters), []).append(question)
+        # Vicuna writes at length: against it only what says nothing goes, and an answer that never ends.
+        assert (verdict(texts[0], llama, texts, None, filters) is None) == (question not in (54, 74, 79))
+    assert dropped["empty"] == [74] and not answers["llama"][74].strip()
+    assert dropped["keyword"] == [54] and answers["llama"][54].startswith("I'm not sure.")
+    assert len(dropped["length"]) == 37
+    for question in dropped["length"]:
+        # What Alpaca answered in these is shorter than the vanilla answer, and short among the three.
+        assert len(answers["alpaca"][question]) < len(answers["llama"][question])

@@ -1,3 +1,5 @@
+import dataclasses
+import re
 from typing import Any
 
 import jax
@@ -14,6 +16,7 @@ from almost_jax.io.models import Model
 from almost_jax.io.tokenizer import Tokenizer
 from almost_jax.sampling.engine import Completion
 from almost_jax.stages.prompting import DialogueRequest, Reply, cut, reply, respond, stop_strings, stop_tokens
+from almost_jax.stages.templates import SEPARATOR, own_words, whole_sentences
 
 GREEDY = SamplingConfig(temperature=0.0, max_new_tokens=9, batch_size=3)
 DEMONSTRATIONS = "Human: q\n\nAssistant: q\n\n"
@@ -25,7 +28,7 @@ def make_tokenizer(pieces: list[str]) -> Tokenizer:
     """A text is cut into `pieces`, tried in order, and put together again without spaces."""
     names = [*SPECIAL, *pieces]
     backend = Backend(models.WordLevel({name: place for place, name in enumerate(names)}, unk_token="<pad>"))
-    pattern = "|".join(piece.replace("\n", "\\n") for piece in pieces)
+    pattern = "|".join(re.escape(piece).replace("\\\n", "\\n") for piece in pieces)
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
     backend.decoder = decoders.Fuse()
     return Tokenizer(
@@ -64,7 +67,7 @@ SCRIPT = {":": " ok", " ok": " sure\n", " sure\n": "\nHum", "\nHum": "an", "an":
 
 def test_08_a_stop_string_that_spans_several_tokens_is_cut_exactly():
     model = scripted(make_tokenizer(PIECES), SCRIPT)
-    assert stop_tokens(model.tokenizer, stop_strings()) == (model.tokenizer.eos_id,)
+    assert stop_tokens(model.tokenizer, stop_strings(DEMONSTRATIONS)) == (model.tokenizer.eos_id,)
     assert answer(model, DEMONSTRATIONS) == Reply("one", "ok sure", tokens=2, finish="stop")
 
 
@@ -89,7 +92,7 @@ def test_a_label_that_is_one_token_stops_the_sampler():
     tokenizer = make_tokenizer(pieces)
     human, assistant = tokenizer.single_token("Human:"), tokenizer.single_token("Assistant:")
     assert human is not None and assistant is not None
-    assert stop_tokens(tokenizer, stop_strings()) == tuple(sorted((tokenizer.eos_id, human, assistant)))
+    assert stop_tokens(tokenizer, stop_strings(DEMONSTRATIONS)) == tuple(sorted((tokenizer.eos_id, human, assistant)))
     model = scripted(tokenizer, {"Assistant:": " ok", " ok": "Human:", "Human:": "q", "q": "q"})
     assert answer(model, DEMONSTRATIONS) == Reply("one", "ok", tokens=1, finish="stop")
 
@@ -140,7 +143,7 @@ def test_prompts_that_do_not_fit_are_refused():
     ],
 )
 def test_08_cut_at_labels_that_begin_a_line(text: str, expected: tuple[str, bool]):
-    assert cut(text, stop_strings()) == expected
+    assert cut(text, stop_strings(DEMONSTRATIONS)) == expected
 
 
 def test_the_stop_token_counts_for_nothing():
@@ -148,7 +151,62 @@ def test_the_stop_token_counts_for_nothing():
     ok = tokenizer.single_token(" ok")
     assert ok is not None
     stopped = Completion("one", (ok, ok, tokenizer.eos_id), (0.0, 0.0, 0.0), stopped=True)
-    assert reply(tokenizer, stopped, ()) == Reply("one", "ok ok", tokens=2, finish="stop")
+    assert reply(tokenizer, stopped, (), False) == Reply("one", "ok ok", tokens=2, finish="stop")
     # The last token of a completion that did not stop is text, also if it is the one of id eos.
     alone = Completion("one", (tokenizer.eos_id,), (0.0,), stopped=True)
-    assert reply(tokenizer, alone, ()) == Reply("one", "", tokens=0, finish="stop")
+    assert reply(tokenizer, alone, (), False) == Reply("one", "", tokens=0, finish="stop")
+
+
+@pytest.mark.parametrize(
+    ("text", "own"),
+    [
+        ("Yes. Human: and then?", "Yes."),
+        ("Yes.\nhelp\nUser: and then?", "Yes.\nhelp"),
+        ("Yes.\n\n**AI:** more", "Yes."),
+        ("Yes.\n### Assistant: more", "Yes."),
+        ("AI Assistant: yes", ""),
+        ("I say Human: is a label", "I say Human: is a label"),
+        ("The user: a person", "The user: a person"),
+        ("Systems: many", "Systems: many"),
+    ],
+)
+def test_nobody_elses_words_stay_in_a_turn(text: str, own: str):
+    assert own_words(text) == own
+    tokenizer = make_tokenizer(sorted({*text, "q"}))
+    completion = Completion("one", tuple(tokenizer.encode(text)), (0.0,) * len(text), stopped=False)
+    # Labels cut a vanilla model's turn alone, and count as its end.
+    expected = Reply("one", own, len(own), "stop" if own != text else "length")
+    assert reply(tokenizer, completion, stop_strings(DEMONSTRATIONS), False) == expected
+    assert reply(tokenizer, completion, (), False).text == text
+
+
+@pytest.mark.parametrize(
+    ("text", "whole"),
+    [
+        ("One is here. Two is", "One is here."),
+        ('He said "no!" and then', 'He said "no!"'),
+        ("Ask Dr. Who about", "Ask Dr. Who about"),
+        ("It costs 3.5 dollars and", "It costs 3.5 dollars and"),
+        ("Do this:\n1. Wash it\n2. Dry", "Do this:\n1. Wash it"),
+        ("Do this:\n1. Wash", "Do this:\n1. Wash"),
+        ("Some fruits, e.g. apples. And", "Some fruits, e.g. apples."),
+        ("All done.", "All done."),
+        ("", ""),
+    ],
+)
+def test_a_half_sentence_at_the_end_goes_by_rule(text: str, whole: str):
+    assert whole_sentences(text) == whole
+    tokenizer = make_tokenizer(sorted({*text, "q"}))
+    completion = Completion("one", tuple(tokenizer.encode(text)), (0.0,) * len(text), stopped=False)
+    stops = stop_strings(DEMONSTRATIONS)
+    assert reply(tokenizer, completion, stops, True) == Reply("one", whole, len(whole), "length")
+    assert reply(tokenizer, completion, stops, False).text == text
+    # What ended by itself is not cut, however it ends.
+    ended = dataclasses.replace(completion, tokens=(*completion.tokens, tokenizer.eos_id), stopped=True)
+    assert reply(tokenizer, ended, stops, True) == Reply("one", text, len(text), "stop")
+
+
+def test_the_line_between_dialogues_is_a_stop_where_the_prompt_has_it():
+    text = "fine.\n-----\nmore"
+    assert cut(text, stop_strings(f"x\n{SEPARATOR}\n\n")) == ("fine.", True)
+    assert cut(text, stop_strings(DEMONSTRATIONS)) == (text, False)

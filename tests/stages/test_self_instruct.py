@@ -11,7 +11,7 @@ from almost_jax.errors import InputError
 from almost_jax.io.records import partial_path, read_records
 from almost_jax.io.run import Run
 from almost_jax.stages import queries
-from almost_jax.stages.instructions import Candidate, list_prompt, load_seeds, parse_list, reject
+from almost_jax.stages.instructions import Candidate, list_prompt, load_instructions, parse_list, reject
 from almost_jax.stages.self_instruct import Pool
 from almost_jax.stages.similarity import SimilarityPool, longest_common_subsequence, rouge_l, rouge_tokens
 
@@ -135,10 +135,16 @@ def test_the_prompt_ends_with_the_next_number():
         ("____ is a color", "malformed"),
         ("Explain tides.", "too_short"),
         ("Write a poem about rain and snow and wind and sun.", "too_long"),
+        ("The sky is blue today.", "no_request"),
+        ("I am a good cook. I like bread.", "no_request"),
+        ("Yes, it is true.", "no_request"),
+        ("how do tides work", None),
+        ("My dog is ill. Suggest a cure.", None),
+        ("You need to sort these: b, a", None),
         ("Describe what is in this image.", "not_text"),
         ("Summarize https://example.org/a for me", "not_text"),
         ("Make a pie chart of sales.", "not_text"),
-        ("Watch the video and explain.", "not_text"),
+        ("Explain what the video shows.", "not_text"),
         ("Summarize the following article.", "missing_input"),
         ("Correct the grammar of this:", "missing_input"),
         ("Go on with the story...", "missing_input"),
@@ -179,7 +185,7 @@ def test_malformed_seeds_are_refused(tmp_path: Path, content: str, message: str)
     path = tmp_path / "seeds.yaml"
     path.write_text(content)
     with pytest.raises(InputError, match=message):
-        load_seeds(str(path))
+        load_instructions(str(path))
 
 
 @pytest.fixture
@@ -232,7 +238,8 @@ def test_every_candidate_is_accounted_for(self_instruct_run: Callable[..., Run])
         for candidate in record["candidates"]
     ]
     accepted = [candidate["text"] for candidate in candidates if candidate["rejected"] is None]
-    assert [record["text"] for record in records] == [*load_seeds(run.config.queries.self_instruct.seeds), *accepted]
+    seeds = load_instructions(run.config.queries.self_instruct.seeds)
+    assert [record["text"] for record in records] == [*seeds, *accepted]
     assert summary["candidates"] == len(candidates) == len(accepted) + sum(summary["rejected"].values())
     assert summary["rejected"]["unfinished"] > 0 and len(accepted) > 0
     assert summary["queries"] == len(records) and summary["seeds"] == 3

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -5,14 +6,16 @@ import pytest
 from almost_jax.config import FiltersConfig, PromptedModel, SelfInstructConfig
 from almost_jax.errors import InputError
 from almost_jax.stages.filters import has_bad_keyword
-from almost_jax.stages.instructions import Candidate, load_seeds, reject
+from almost_jax.stages.instructions import Candidate, load_instructions, reject
 from almost_jax.stages.similarity import SimilarityPool
 from almost_jax.stages.templates import (
     LABELS,
+    SEPARATOR,
     Turn,
     demonstrations_text,
     few_shot_prefix,
     load_demonstrations,
+    load_prompt,
     query_prompt,
     render,
 )
@@ -95,9 +98,109 @@ def test_the_users_demonstrations_show_several_turns_of_the_user():
 
 
 def test_seed_instructions_pass_their_own_filters():
-    seeds, config, pool = load_seeds("seed_instructions"), SelfInstructConfig(), SimilarityPool()
+    seeds, config, pool = load_instructions("seed_instructions"), SelfInstructConfig(), SimilarityPool()
     assert len(seeds) >= 40
     for seed in seeds:
         assert reject(Candidate(seed, complete=True), config) is None, seed
         assert pool.most_similar(seed, config.max_similarity) is None, seed
         pool.add(seed)
+
+
+HHH_FORMAT = """Below are a series of dialogues between various people and an AI assistant.
+The AI tries to be helpful.
+
+-----
+
+Human: Why?
+
+Assistant: Because.
+
+In short: so.
+
+Human: Ah.
+
+Assistant: Yes.
+
+Human: Thanks!
+
+-----
+
+Human: Who?
+
+Assistant: You.
+
+------
+"""
+
+
+def test_the_hhh_prompts_own_format_is_read_and_written(tmp_path: Path):
+    path = tmp_path / "HHH_prompt.txt"
+    path.write_text(HHH_FORMAT)
+    found = load_prompt(str(path))
+    assert found.dialogues == [FIRST, SECOND]  # the human's thanks, which nobody answers, are gone
+    assert found.separated
+    assert found.preamble == (
+        "Below are a series of dialogues between various people and an AI assistant.\nThe AI tries to be helpful.\n\n"
+    )
+    both = demonstrations_text(PromptedModel(model="m", demonstrations=str(path), shots=2))
+    assert both == HHH_FORMAT.replace("Human: Thanks!\n\n", "").replace("------\n", "-----\n\n")
+    assert both.endswith("\n\n-----\n\n")
+    one = demonstrations_text(PromptedModel(model="m", demonstrations=str(path), shots=1))
+    assert both.startswith(one) and "Who?" not in one
+    with pytest.raises(InputError, match="3 were asked for, but there are only 2"):
+        demonstrations_text(PromptedModel(model="m", demonstrations=str(path), shots=3))
+
+
+def test_yaml_can_say_the_same(tmp_path: Path):
+    path = tmp_path / "own.yaml"
+    path.write_text("preamble: Hello.\nseparator: true\ndialogues: [{turns: [{human: 'Who?'}, {assistant: You.}]}]\n")
+    shown = PromptedModel(model="m", demonstrations=str(path), shots=1)
+    assert demonstrations_text(shown) == "Hello.\n\n-----\n\nHuman: Who?\n\nAssistant: You.\n\n-----\n\n"
+    path.write_text("preamble: Hello.\ndialogues: [{turns: [{human: 'Who?'}, {assistant: You.}]}]\n")
+    assert demonstrations_text(shown) == "Hello.\n\nHuman: Who?\n\nAssistant: You.\n\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("Only an introduction.\n", "dialogue 1: must be a mapping with a list of `turns`|holds no dialogue"),
+        ("Human: a\n\nHuman: b\n\nAssistant: c\n", "dialogue 1, turn 2: must be `assistant: text`"),
+        ("Human: a\n\nAssistant: b\n-----\nAssistant: b\n", "dialogue 2, turn 1: must be `human: text`"),
+    ],
+)
+def test_text_that_is_no_dialogue_is_refused(tmp_path: Path, content: str, message: str):
+    path = tmp_path / "prompt.txt"
+    path.write_text(content)
+    with pytest.raises(InputError, match=message):
+        load_demonstrations(str(path))
+
+
+@pytest.mark.parametrize("name", ["hhh", "faithful", "user"])
+def test_our_prompts_say_what_they_are_and_part_their_dialogues(name: str):
+    found = load_prompt(name)
+    assert found.preamble and found.separated
+    assert not any(SEPARATOR in turn["text"] for dialogue in found.dialogues for turn in dialogue)
+    assert sum(len(dialogue) > 2 for dialogue in load_prompt("hhh").dialogues) >= 3
+
+
+def test_questions_may_be_vicunas_or_self_instructs(tmp_path: Path):
+    path = tmp_path / "questions.jsonl"
+    lines = [
+        {"question_id": 1, "turns": ["How?", "And then?"]},
+        {"instruction": "Sort these.", "instances": [{"input": "b, a", "output": "a, b"}]},
+        {"text": "Why?"},
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert load_instructions(str(path)) == ["How?", "Sort these.\n\nb, a", "Why?"]
+    path.write_text('{"question": "a"}\n')
+    with pytest.raises(InputError, match="record 1 must be a text, not None"):
+        load_instructions(str(path))
+
+
+def test_nothing_that_is_evaluated_on_is_a_seed():
+    seeds, held_out = load_instructions("seed_instructions"), load_instructions("held_out_questions")
+    pool = SimilarityPool()
+    for text in seeds:
+        pool.add(text)
+    assert len(held_out) >= 40
+    assert not any(pool.most_similar(text, 0.6) for text in held_out)

@@ -1,0 +1,104 @@
+"""Votes of a community: what records of data sets become, and how they are had."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from almost_jax.errors import InputError
+from almost_jax.stages.as_is_reward import load_votes
+from almost_jax.stages.votes import hub_votes, pair_of_record, plain_text, votes_are_a_file
+
+DATA = Path(os.environ.get("ALMOST_JAX_DATA", Path(__file__).parents[2] / "shared" / "data"))
+HUMAN_PAIRS = DATA / "hh_rlhf_harmless_400.jsonl"
+
+
+def answer(text: str, score: int) -> dict[str, object]:
+    return {"answer_id": 1, "author": "x", "pm_score": score, "selected": False, "text": text}
+
+
+def test_the_most_voted_answer_is_preferred_to_the_least_voted() -> None:
+    answers = [answer("<p>so so</p>", 2), answer("<p>bad</p>", -1), answer("<p>best</p>", 5)]
+    found = pair_of_record({"qid": 7, "question": "<p>Why &amp; how?</p>", "answers": answers})
+    assert found == {"prompt": "Why & how?", "chosen": "best", "rejected": "bad"}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"question": "q", "answers": [answer("a", 3), answer("b", 3)]},  # nothing preferred
+        {"question": "q", "answers": [answer("a", 3)]},
+        {"question": "q", "answers": []},
+        {"question": "q", "answers": [answer("a", 3), answer("<p> </p>", 1)]},  # nothing left
+        {"question": None, "response_j": "a", "response_k": "b"},
+        {"chosen": "a", "rejected": " "},
+        {"text": "a"},
+    ],
+)
+def test_records_without_a_preference_are_passed_over(record: dict[str, object]) -> None:
+    assert pair_of_record(record) is None
+
+
+def test_other_fields_are_understood() -> None:
+    paired = {"question": "q", "response_j": "<b>good</b>", "response_k": "bad", "qid": 3}
+    assert pair_of_record(paired) == {"prompt": "q", "chosen": "good", "rejected": "bad"}
+    # Texts that are no markup stay as they are.
+    plain = {"chosen": "a < b", "rejected": "x", "prompt": "is <it>?", "score": 2}
+    assert pair_of_record(plain) == {"prompt": "is <it>?", "chosen": "a < b", "rejected": "x"}
+
+
+def test_markup_becomes_text_with_its_paragraphs_lists_and_code() -> None:
+    markup = (
+        "<p>First &lt;b&gt;\n line,<br>then <em>this</em> <a href='x'>link</a>.</p>\n\n<ul>\n<li>one</li>\n"
+        "<li>two</li>\n</ul>\n<pre><code>for x in y:\n    go()\n</code></pre>\n<p>Last.</p>"
+    )
+    assert plain_text(markup) == (
+        "First <b> line,\nthen this link.\n\n- one\n- two\n\nfor x in y:\n    go()\n\nLast."
+    )
+
+
+def write_data_set(folder: Path) -> None:
+    folder.mkdir()
+    with (folder / "train.jsonl").open("w") as file:
+        for number in range(40):
+            answers = [answer(f"good {number}", 4), answer(f"bad {number}", number % 4 + 1)]
+            file.write(json.dumps({"qid": number, "question": f"question {number}", "answers": answers}) + "\n")
+
+
+def test_a_data_set_is_read_through_the_library_and_shuffled_by_the_seed(tmp_path: Path) -> None:
+    write_data_set(tmp_path / "stack")
+    found = hub_votes(f"hub:{tmp_path / 'stack'}", 7, seed=3)
+    assert len(found) == 7
+    for pair in found:
+        assert pair["chosen"] == pair["prompt"].replace("question", "good")
+        assert pair["rejected"] == pair["prompt"].replace("question", "bad")
+    assert found == hub_votes(f"hub:{tmp_path / 'stack'}", 7, seed=3)
+    assert found != hub_votes(f"hub:{tmp_path / 'stack'}", 7, seed=4)
+    # Every fourth question has no preference, which leaves 30.
+    assert len(hub_votes(f"hub:{tmp_path / 'stack'}", 99, seed=3)) == 30
+
+
+def test_a_data_set_that_is_not_there_or_holds_no_pair_is_refused_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="can't be read") as error:
+        hub_votes(f"hub:{tmp_path / 'nowhere'}", 7, seed=3)
+    assert "\n" not in str(error.value)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "train.jsonl").write_text('{"text": "a"}\n')
+    with pytest.raises(InputError, match="no record has a pair"):
+        hub_votes(f"hub:{tmp_path / 'other'}", 7, seed=3)
+
+
+def test_what_names_a_file_and_what_does_not() -> None:
+    assert votes_are_a_file("votes.jsonl") and votes_are_a_file("/a/hub.jsonl")
+    assert not any(votes_are_a_file(votes) for votes in ("microworld", "none", "hub:owner/name"))
+
+
+@pytest.mark.skipif(not HUMAN_PAIRS.exists(), reason="needs the recorded human preferences")
+def test_recorded_human_preferences_are_votes_of_whole_dialogues() -> None:
+    pairs = load_votes(HUMAN_PAIRS)
+    assert len(pairs) == 400
+    for pair in pairs:
+        assert pair.chosen.startswith(pair.group) and pair.rejected.startswith(pair.group)
+        assert pair.group.endswith("Assistant:")
+        assert 0 <= pair.chosen_length == len(pair.chosen) - len(pair.group)
