@@ -1,10 +1,13 @@
 """Worker: our SFT and reward model steps and a whole PPO iteration, by the functions that the stages run."""
 
 import contextlib
+import dataclasses
 import functools
+import shutil
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +22,23 @@ from almost_jax.config import MeshConfig, OptimizerConfig
 from almost_jax.core.partitioning import make_mesh
 from almost_jax.core.train import make_optimizer, make_train_step
 from almost_jax.experiments import load_experiment
-from almost_jax.io.models import Model, load_model
+from almost_jax.io.models import Model, load_model, save_model
+from almost_jax.io.records import read_records, write_records
 from almost_jax.io.run import Run
-from almost_jax.sampling.rules import SamplingRules
 from almost_jax.stages import rlsf
 from almost_jax.stages.execution import training_shape
 from almost_jax.stages.reward import pair_loss_sums
-from almost_jax.stages.rollouts import Players
 from almost_jax.stages.sft import sft_loss_sums
 from almost_jax.stages.training import fresh_state, place_batch, shardings_of
-from almost_jax.stages.updates import make_optimizers, make_update
 
-ITERATIONS = 3
-# What a PPO step calls, by the names under which `rlsf` knows it.
-PHASES = {"rollout": "sample", "judging": "judge", "advantages": "experience"}
+# The first iteration compiles.
+ITERATIONS = 2
+# What a PPO iteration calls, by the names under which `rlsf` knows it; updates are made by its `make_update`.
+PHASES = {
+    "rollout": "draw" if hasattr(rlsf, "draw") else "sample",
+    "judging": "judge",
+    "advantages": "experience",
+}
 
 
 def optimizer_config() -> OptimizerConfig:
@@ -104,95 +110,91 @@ def overrides(spec: dict[str, Any]) -> list[str]:
         "optimizer.warmup_steps": 0,
         "optimizer.weight_decay": WEIGHT_DECAY,
         "missing_eos_penalty": 0.0,
+        "sample_every": 100,
+        "checkpoint_every": 100,
     }
     return [f"ppo.{name}={value}" for name, value in values.items()]
 
 
-@contextlib.contextmanager
-def timed_phases(seconds: dict[str, float]) -> Iterator[None]:
-    """Make the parts of a PPO step wait for their results, and add up how long each took."""
+class Enough(Exception):
+    """As many iterations as are measured are done."""
 
-    def timing(phase: str, call: Callable[..., Any]) -> Callable[..., Any]:
+
+class Clock:
+    """When each step of a stage ended, and how long its parts took."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        self.ends: list[float] = []
+        self.phases: list[dict[str, float]] = [{}]
+
+    def step_ended(self, *_: Any) -> None:
+        """The stage's progress hook."""
+        self.ends.append(time.perf_counter())
+        self.phases.append({})
+        if len(self.ends) == self.steps:
+            raise Enough
+
+    def timed(self, phase: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        """The same function, waiting for its result; its time is added to the phase."""
+
         def run(*given: Any, **named: Any) -> Any:
             start = time.perf_counter()
             found = jax.block_until_ready(call(*given, **named))
-            seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start
+            own = self.phases[-1]
+            own[phase] = own.get(phase, 0.0) + time.perf_counter() - start
             return found
 
         return run
 
-    kept = {name: getattr(rlsf, name) for name in PHASES.values()}
-    for phase, name in PHASES.items():
-        setattr(rlsf, name, timing(phase, kept[name]))
-    try:
-        yield
-    finally:
-        for name, call in kept.items():
-            setattr(rlsf, name, call)
+
+def write_inputs(run: Run, spec: dict[str, Any], prompts: int) -> None:
+    """What the stage reads: an SFT model, a reward model with everyone's head, and demonstrations."""
+    sft = load_model(spec["model"], run.mesh, "float32")
+    save_model(run.path("sft", "model"), sft)
+    # The moments only scale scores; any standard deviation above 0 costs the same.
+    reward = dataclasses.replace(sft, params=with_head(sft), kind="reward", reward_mean=0.0, reward_std=HEAD_STDDEV)
+    save_model(run.path("reward", "model"), reward)
+    turns = [{"role": "human", "text": "word " * (1 + place)} for place in range(prompts)]
+    write_records(run.path("demonstrations.jsonl"), [{"turns": [turn]} for turn in turns])
 
 
 def ppo(spec: dict[str, Any]) -> dict[str, Any]:
-    """Iterations of `rlsf.ppo_step`; then one more, part by part."""
+    """The RLSF stage as `almost-jax run` runs it, but for prompts of one length and no stop tokens."""
     size = sizes(spec["quick"])
     config = load_experiment(ROOT / "experiments" / "microworld.yaml", overrides(spec))
-    run = Run(Path(spec["work"]), config, make_mesh(config.mesh), False, Console(file=sys.stderr))
+    clock = Clock(ITERATIONS)
+    folder = Path(tempfile.mkdtemp(dir=spec["work"]))
+    run = Run(folder, config, make_mesh(config.mesh), False, Console(file=sys.stderr), clock.step_ended)
+    write_inputs(run, spec, size.prompts)
     rows = windows(np.load(spec["text"]), size.prompts, size.prompt_tokens)
-    with jax.set_mesh(run.mesh):
-        sft = load_model(spec["model"], run.mesh, "float32")
-        reward = load_model(spec["model"], run.mesh, "float32")
-        # The moments only scale scores; any standard deviation above 0 costs the same.
-        reward = Model(reward.config, with_head(reward), reward.tokenizer, "reward", "head", 0.0, HEAD_STDDEV)
-        rules = SamplingRules(temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=size.new_tokens, stop_tokens=())
-        players = Players(
-            policy=sft.config,
-            critic=reward.config,
-            reward=reward.config,
-            temperature=1.0,
-            stop_tokens=(),
-            eos_id=sft.tokenizer.eos_id,
-            reward_mean=reward.reward_mean,
-            reward_std=reward.reward_std,
-            value_shift=reward.reward_mean,
-            value_scale=reward.reward_std,
-        )
-        actors = rlsf.Actors(sft, reward, players, rules)
-        prompts = rlsf.Prompts([""] * size.prompts, rows, np.full(size.prompts, size.prompt_tokens, np.int32))
-        optimizers = make_optimizers(config.ppo)
-        state = rlsf.start_state(run, actors, *optimizers)
-        learners = rlsf.training_players(players, config.mesh, run.mesh)
-        update = make_update(learners, config.ppo, *optimizers, True, shardings_of(state), None)
-        seconds = []
+    load_actors, load_prompts, make_update = rlsf.load_actors, rlsf.load_prompts, rlsf.make_update
 
-        def iterate(state: Any, step: int, update: Any) -> tuple[Any, float]:
-            start = time.perf_counter()
-            state, samples, figures = rlsf.ppo_step(run, state, actors, prompts, np.arange(size.prompts), step, update)
-            jax.device_get((samples, figures))
-            jax.block_until_ready(state)
-            assert int(samples.lengths.sum()) == size.prompts * size.new_tokens
-            return state, time.perf_counter() - start
+    def actors(*given: Any) -> Any:
+        found = load_actors(*given)
+        rules = dataclasses.replace(found.rules, stop_tokens=())
+        return dataclasses.replace(found, rules=rules, players=dataclasses.replace(found.players, stop_tokens=()))
 
-        for number in range(ITERATIONS):
-            state, elapsed = iterate(state, 1 + number, update)
-            seconds.append(elapsed)
-        phases: dict[str, float] = {}
-        update_seconds: list[float] = []
+    def prompts(*given: Any) -> Any:
+        lengths = np.full(size.prompts, size.prompt_tokens, np.int32)
+        return dataclasses.replace(load_prompts(*given), tokens=rows, lengths=lengths)
 
-        def timed_update(*given: Any) -> Any:
-            start = time.perf_counter()
-            found = jax.block_until_ready(update(*given))
-            update_seconds.append(time.perf_counter() - start)
-            return found
-
-        with timed_phases(phases):
-            _, whole = iterate(state, 1 + ITERATIONS, timed_update)
-    phases["updates"] = sum(update_seconds)
-    phases["rest"] = whole - sum(phases.values())
+    rlsf.load_actors, rlsf.load_prompts, rlsf.save_policy = actors, prompts, lambda *_: None
+    for phase, name in PHASES.items():
+        setattr(rlsf, name, clock.timed(phase, getattr(rlsf, name)))
+    rlsf.make_update = lambda *given: clock.timed("updates", make_update(*given))
+    start = time.perf_counter()
+    with contextlib.suppress(Enough):
+        rlsf.run_stage(run)
+    figures = read_records(run.path("rlsf", "metrics.jsonl"))
+    assert all(step["response_length"] == size.new_tokens for step in figures), "a rollout ended early"
+    seconds = np.diff([start, *clock.ends]).tolist()
+    shutil.rmtree(folder)
+    phases = clock.phases[ITERATIONS - 1]
     return {
         "first_seconds": seconds[0],
-        "second_seconds": seconds[1],
-        "seconds": seconds[2:],
-        "phases": phases,
-        "updates": len(update_seconds),
+        "seconds": seconds[1:],
+        "phases": {**phases, "rest": seconds[-1] - sum(phases.values())},
     }
 
 
