@@ -28,6 +28,8 @@ MODEL = Path(os.environ.get("BENCH_MODEL", ROOT / "models" / "smollm2-135m"))
 # Tunix asks for an older safetensors than ours, so it stands in a folder of its own, which only its workers see.
 TUNIX = Path(os.environ.get("BENCH_TUNIX", Path(sys.prefix) / "tunix"))
 WORKER_SECONDS = 1800
+# Above this share of the processor's work by other processes, a run says that its times can't be trusted.
+MOST_OTHERS = 0.1
 VERSIONS = ("jax", "flax", "optax", "numpy", "torch", "transformers")
 
 
@@ -61,7 +63,8 @@ def run_worker(script: str, spec: dict[str, Any], cores: int, label: str) -> dic
         label: names its log.
 
     Returns:
-        What it wrote, with `peak_gb`, its largest resident memory.
+        What it wrote, with `peak_gb`, its largest resident memory, and `others_share`, the share of the processor's
+        work that was other processes'.
 
     Raises:
         RuntimeError: it failed; the message holds the end of its log.
@@ -85,6 +88,7 @@ def run_worker(script: str, spec: dict[str, Any], cores: int, label: str) -> dic
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)
     allowed = sorted(os.sched_getaffinity(0))[:cores]
     say(f"  {label} ...")
+    before = _processor_seconds()
     with log.open("w") as stream:
         done = subprocess.run(
             [sys.executable, str(HERE / script), str(asked), str(answer)],
@@ -98,6 +102,10 @@ def run_worker(script: str, spec: dict[str, Any], cores: int, label: str) -> dic
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
         raise RuntimeError(f"{label} ended with {done.returncode}; the end of {log}:\n{tail}")
     found: dict[str, Any] = json.loads(answer.read_text())
+    total, own = (after - start for after, start in zip(_processor_seconds(), before, strict=True))
+    found["others_share"] = round(max(total - own, 0.0) / total, 3) if total else 0.0
+    if found["others_share"] > MOST_OTHERS:
+        say(f"  {label}: other processes did {found['others_share']:.0%} of the work meanwhile; don't trust its times")
     return found
 
 
@@ -163,6 +171,14 @@ def write_results(name: str, results: dict[str, Any]) -> Path:
 def say(line: str) -> None:
     """A line of progress or of a table."""
     print(line, flush=True)
+
+
+def _processor_seconds() -> tuple[float, float]:
+    """Seconds that all cores have worked since the machine started, and those of this process's ended children."""
+    fields = [int(field) for field in Path("/proc/stat").read_text().splitlines()[0].split()[1:]]
+    user, nice, system, _, _, irq, softirq, *_ = fields
+    own = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK"), own.ru_utime + own.ru_stime
 
 
 def _installed(name: str) -> bool:
