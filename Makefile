@@ -36,13 +36,13 @@ types: env
 # BENCH=--quick. Tunix stands in a folder of its own, where its requirements change none of ours.
 BENCH ?=
 TUNIX := $(VENV)/tunix
+OUR_BENCHES := $(filter-out %/bench_sampling.py %/bench_training.py, $(wildcard tests/benchmarks/bench_*.py))
 SMOLLM2 := models/smollm2-135m
 
 bench: $(TUNIX) $(SMOLLM2)
 	$(BIN)/python tests/benchmarks/bench_sampling.py $(BENCH)
 	$(BIN)/python tests/benchmarks/bench_training.py $(BENCH)
-	$(BIN)/python tests/benchmarks/bench_shared_prefix.py
-	$(BIN)/python tests/benchmarks/bench_import_memory.py
+	for file in $(OUR_BENCHES); do $(BIN)/python $$file || exit 1; done
 
 $(TUNIX): tests/benchmarks/tunix.txt setup.py | $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[bench]'
