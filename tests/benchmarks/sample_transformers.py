@@ -1,7 +1,8 @@
 """Worker: the sampling workloads by transformers on torch: `generate` with its key-value cache, greedy or at
 temperature 1, as a user who knows it calls it.
 
-Whichever of its attention implementations is faster on a short run of the workload is used.
+Whichever of its attention implementations is faster on a short run of the workload is used. torch.compile, which needs
+a C++ compiler on the machine, is left out.
 """
 
 import time

@@ -1,6 +1,7 @@
 """Worker: SFT and reward model steps by transformers on torch, in a plain loop as one writes it for speed.
 
 The faster attention implementation, then the faster of torch's foreach and fused AdamW, are taken by one step of each.
+torch.compile, which needs a C++ compiler on the machine, is left out.
 """
 
 import time
