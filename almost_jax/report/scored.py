@@ -3,15 +3,17 @@
 Every figure is from evaluation/scores.json, audit/audit.json, the reward models' own evaluation.json and the records.
 """
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from almost_jax.evaluation.analyses import POLICIES
+from almost_jax.evaluation.analyses import FILTERS, HEURISTIC, POLICIES
 from almost_jax.evaluation.audit import SCORERS
+from almost_jax.evaluation.statistics import agreement
 from almost_jax.io.records import Record
 from almost_jax.report import plots
 from almost_jax.report.blocks import INTERVALS, Block, Dialogue, FigureBlock, Section, TableBlock
-from almost_jax.report.tables import POLICY_NAMES, SOURCE_NAMES, Table, number, span
+from almost_jax.report.tables import FILTER_NAMES, POLICY_NAMES, SOURCE_NAMES, Table, number, span
 
 MEASURE_NAMES = {"reward": "reward model", "as_is": "as-is reward model"}
 GROUP_NAMES = {"configurations": "configurations", "policies": "policies", "demonstrations": "demonstrations"}
@@ -135,6 +137,38 @@ def sections(
         Section("Do the policies improve?", _policies(scores)),
         Section("What did PPO do?", _curve(scores)),
     ]
+
+
+def filter_stages(records: Iterable[Record]) -> list[Block]:
+    """How many pairs each filter leaves, how often their chosen response is the longer one, what the as-is model says.
+
+    Args:
+        records: of comparisons.jsonl.
+    """
+    stages: dict[str, Counter[str]] = {name: Counter() for name in FILTERS}
+    for record in records:
+        longer = agreement(len(record["chosen"]["text"]) - len(record["rejected"]["text"]), 1.0)
+        margin = record["as_is_margin"]
+        for name, dropping in zip(FILTERS, ((), HEURISTIC, (*HEURISTIC, "as_is_reward")), strict=True):
+            if record["dropped_by"] not in dropping:
+                stages[name].update({"kept": 1, "half_longer": round(2 * longer)})
+                if margin is not None:
+                    stages[name].update({"scored": 1, "agrees": int(margin > 0)})
+    rows = [
+        (
+            FILTER_NAMES[name],
+            f"{counts['kept']:,}",
+            number(counts["half_longer"] / 2 / counts["kept"] if counts["kept"] else None),
+            number(counts["agrees"] / counts["scored"] if counts["scored"] else None),
+        )
+        for name, counts in stages.items()
+    ]
+    caption = (
+        "The pairs after each filter: how many are kept, the share whose chosen response is the longer one (a tie "
+        "counts half), and the share with which the as-is reward model agrees, where there is one."
+    )
+    header = ("pairs", "kept", "chosen is longer", "as-is reward model agrees")
+    return [TableBlock(Table(header, rows, (1, 2, 3)), caption)] if stages["raw"]["kept"] else []
 
 
 def policy_samples(items: Sequence[Record]) -> list[Block]:

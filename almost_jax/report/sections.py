@@ -13,7 +13,7 @@ from typing import Any
 
 from almost_jax.errors import InputError
 from almost_jax.evaluation.analyses import DEFINITIONS, POLICIES
-from almost_jax.io.records import Record, read_records
+from almost_jax.io.records import Record, iter_records, read_records
 from almost_jax.report import plots, scored, tables
 from almost_jax.report.blocks import INTERVALS, Block, Dialogue, FigureBlock, Listing, Section, TableBlock
 from almost_jax.report.tables import Claim, Table, Verdict
@@ -305,12 +305,13 @@ def _comparisons(material: Material) -> list[Block]:
     path = material.directory / "comparisons.jsonl"
     if not path.exists():
         return []
-    counts = Counter(record["dropped_by"] or "kept" for record in read_records(path))
+    counts = Counter(record["dropped_by"] or "kept" for record in iter_records(path))
     rows = [
         (name.replace("_", " "), f"{count:,}", f"{count / counts.total():.1%}") for name, count in counts.most_common()
     ]
     caption = f"What became of n = {counts.total():,} synthetic comparisons: kept, or the filter that dropped them."
-    return [TableBlock(Table(("pairs", "count", "share"), rows, (1, 2)), caption)]
+    table = TableBlock(Table(("pairs", "count", "share"), rows, (1, 2)), caption)
+    return [table, *scored.filter_stages(iter_records(path))]
 
 
 def _dialogues(material: Material) -> list[Block]:

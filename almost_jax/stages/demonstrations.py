@@ -7,7 +7,8 @@ reward model scores best is kept; n = 1 without a reward model is plain self-pla
 
 import dataclasses
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -40,9 +41,12 @@ class Dialogue:
 
 @dataclasses.dataclass(frozen=True)
 class Speaker:
-    """One side of the self-play: who answers, how, and with which randomness."""
+    """One side of the self-play: who answers, how, and with which randomness.
 
-    model: Model
+    The model is loaded when it is its turn: where the two sides are different large models, only one is in memory.
+    """
+
+    load: Callable[[], Model]
     demonstrations: str
     sampling: SamplingConfig
     seed: int
@@ -51,7 +55,7 @@ class Speaker:
         """The next turn of every dialogue, in their order."""
         return list(
             respond(
-                self.model,
+                self.load(),
                 self.demonstrations,
                 requests,
                 next_role=role,
@@ -234,7 +238,7 @@ def summarize(records: Sequence[Record]) -> dict[str, Any]:
 
 
 def _speaker(run: Run, prompted: PromptedModel, sampling: SamplingConfig, seed: str) -> Speaker:
-    return Speaker(run.model(prompted.model), demonstrations_text(prompted), sampling, run.seed(seed))
+    return Speaker(partial(run.model, prompted.model), demonstrations_text(prompted), sampling, run.seed(seed))
 
 
 def _scored(

@@ -220,3 +220,17 @@ def test_a_user_who_says_farewell_ends_the_dialogue_with_the_assistants_word() -
     assert [len(record["turns"]) for record in records] == [4, 4, 2, 4, 4]
     assert records[2]["turns"][-1]["role"] == "assistant"
     assert "bye" not in str(records)
+
+
+def test_a_speakers_model_is_loaded_when_it_speaks(make_run: Callable[..., Run], tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    config = run.config.demonstrations
+    user = config.user.model_copy(update={"model": "small"})
+    speakers = [
+        demonstrations._speaker(run, prompted, config.sampling, "x") for prompted in (config.assistant, user)
+    ]
+    assert run._loaded == {}
+    for speaker, name in zip(speakers, ("large", "small"), strict=True):
+        speaker.load()
+        # Never both: the one that spoke before is gone.
+        assert list(run._loaded) == [name]

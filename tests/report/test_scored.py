@@ -1,0 +1,143 @@
+"""The report of a run without a gold score: what reward models and lengths say, and nothing from outside the run."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from almost_jax.evaluation import scores
+from almost_jax.evaluation.statistics import Bootstrap
+from almost_jax.io.records import read_records, write_records
+from almost_jax.report import page, scored, tables
+
+AGREEMENT = {"mean": 0.7312, "ci95": [0.6123, 0.8234], "n": 25, "length_matched": {"mean": 0.5421}, "verdict": "holds"}
+COIN = {"mean": 0.4988, "ci95": [0.4011, 0.5977], "n": 25, "length_matched": None, "verdict": "noise"}
+AUDIT = {
+    "queries": 25,
+    "rungs": {
+        "A over B": {"rule": "demonstrations", "longer": 0.8123, "as_is": AGREEMENT},
+        "B over C": {"rule": "shots", "longer": 0.5231, "as_is": COIN, "judge": AGREEMENT},
+    },
+}
+
+
+@pytest.fixture
+def scored_run(make_finished_run: Callable[[int], Path], tmp_path: Path) -> Path:
+    """A made-up run of real models: everything but the gold score, with an as-is reward model."""
+    folder = tmp_path / "run"
+    shutil.copytree(make_finished_run(3), folder)
+    (folder / "evaluation" / "gold.json").unlink()
+    rng = np.random.default_rng(5)
+    items = read_records(folder / "evaluation" / "items.jsonl")
+    for item in items:
+        item |= {"gold": None, "kind": None, "as_is": float(rng.standard_normal())}
+    write_records(folder / "evaluation" / "items.jsonl", items)
+    queries = [record["id"] for record in read_records(folder / "evaluation_queries.jsonl")]
+    played = [
+        {"query_id": f"q{number}", "system": system, "sample": 0, "text": "word " * int(rng.integers(2, 30))}
+        | {"reward": float(rng.standard_normal() + (system == "reward_guided")), "as_is": None, "gold": None}
+        for number in range(20)
+        for system in ("self_play", "reward_guided")
+    ]
+    found = scores.analyse(items, played, ["A", "B", "C"], 4, queries, Bootstrap(99, 1))
+    found |= {"contamination": {"queries": 2, "demonstrations, self_play": 0}}
+    (folder / "evaluation" / "scores.json").write_text(json.dumps(found, allow_nan=False))
+    (folder / "audit").mkdir()
+    (folder / "audit" / "audit.json").write_text(json.dumps(AUDIT))
+    figures = {"held_out": 77, "accuracy": 0.8765, "longer_wins_accuracy": 0.8311, "length_matched_accuracy": 0.5644}
+    (folder / "reward" / "evaluation.json").write_text(json.dumps(figures))
+    return folder
+
+
+def test_every_section_has_its_figures_with_n(scored_run: Path) -> None:
+    page.build(scored_run)
+    text = (scored_run / "report.md").read_text()
+    figures = json.loads((scored_run / "evaluation" / "scores.json").read_text())
+    for title in (
+        "Is the rule of thumb more than noise?",
+        "What each step did, by the reward models",
+        "Does the rule of thumb hold?",
+        "What did the filters do?",
+        "Does the reward model see more than length?",
+        "Do the policies improve?",
+        "What did PPO do?",
+        "Sample responses",
+        "Sample self-play",
+    ):
+        assert f"## {title}" in text
+    assert "n = 60 held-out" in text and "0.876" in text and "0.831" in text and "0.564" in text
+    assert "2 in queries" in text
+    for group in ("configurations", "policies", "demonstrations"):
+        assert f"score_by_length_{group}.png" in text
+    for name, figure in figures["policies"].items():
+        assert f"{figure['characters']:.0f}" in text, name
+    assert re.search(r"demonstrations, n = 40", text)
+    html = (scored_run / "report.html").read_text()
+    assert "<script>alert(1)" not in html and "gold score" not in text.split("## How the figures")[0].replace(
+        "No gold score", ""
+    )
+
+
+def test_the_audit_names_rule_scorer_interval_and_verdict(scored_run: Path) -> None:
+    section = scored.audit_section(AUDIT)
+    (block,) = section.blocks
+    rows = block.table.rows  # type: ignore[union-attr]
+    assert rows[0] == (
+        "A over B", "demonstrations", "as-is reward model", "0.731", "0.612 to 0.823", "0.542", "0.812", "✓ holds"
+    )  # fmt: skip
+    assert rows[1][2:] == ("as-is reward model", "0.499", "0.401 to 0.598", "–", "0.523", "~ within noise")
+    assert rows[2][2] == "judge"
+    assert scored.audit_section(None).blocks == []
+    alone: dict[str, Any] = {"queries": 9, "rungs": {"A over B": {"rule": "shots", "longer": 0.44}}}
+    assert "A over B 0.44" in str(scored.audit_section(alone).blocks[0])
+
+
+def test_the_final_table_has_every_step_by_every_measure(scored_run: Path) -> None:
+    figures = json.loads((scored_run / "evaluation" / "scores.json").read_text())
+    rows = scored.step_rows(figures)
+    texts = [(row[0], row[1]) for row in rows]
+    assert texts == [
+        *((step, by) for step in ("A over B", "B over C") for by in ("reward model", "as-is reward model")),
+        ("reward model's choice of 4 over the first sample", "reward model"),
+        ("reward model's choice of 4 over the first sample", "as-is reward model"),
+        ("reward-guided self-play over plain self-play", "reward model"),
+        *(
+            (f"{better} over {worse}", by)
+            for better, worse in (
+                ("SFT on plain self-play", "prompted"),
+                ("SFT on guided self-play", "SFT on plain self-play"),
+                ("RLSF", "SFT on guided self-play"),
+            )
+            for by in ("reward model", "as-is reward model")
+        ),
+    ]
+    gain = figures["steps"]["rlsf - sft"]["reward"]
+    row = rows[-2]
+    assert row[4] == f"{gain['difference']:+.3f}" and row[6] == f"{gain['at_equal_length']['difference']:+.3f}"
+    assert page.summary_table(scored_run) == tables.as_markdown(scored.steps_table(figures), escape=False)
+
+
+def test_each_filter_says_how_many_pairs_it_leaves_and_how_long_they_are() -> None:
+    def pair(chosen: str, rejected: str, dropped: str | None, margin: float | None) -> dict[str, Any]:
+        sides = {"chosen": {"text": chosen}, "rejected": {"text": rejected}}
+        return {**sides, "dropped_by": dropped, "as_is_margin": margin}
+
+    records = [
+        pair("long", "it", None, 0.5),
+        pair("even", "size", None, 0.1),
+        pair("a", "longer", "as_is_reward", -0.5),
+        pair("a", "longer", "length", 2.0),
+        pair("", "x", "empty", None),
+    ]
+    (block,) = scored.filter_stages(iter(records))
+    assert block.table.rows == [  # type: ignore[union-attr]
+        ("all pairs", "5", "0.300", "0.750"),
+        ("heuristic filter", "3", "0.500", "0.667"),
+        ("+ as-is filter", "2", "0.750", "1.000"),
+    ]
+    assert scored.filter_stages([]) == []
