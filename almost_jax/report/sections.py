@@ -335,11 +335,11 @@ def _dialogues(material: Material) -> list[Block]:
             ]
             blocks.append(Dialogue(next(iter(group.values()))["query"], kind.replace("_", " "), replies))
         return blocks
-    path = material.directory / "rlsf" / "samples.jsonl"
+    path = material.directory / "rlsf" / "rollouts.jsonl"
     samples = read_records(path) if path.exists() else []
     last = max((sample["step"] for sample in samples), default=0)
     return [
-        Dialogue(sample["query"], f"step {last}", [("RLSF", sample["response"], f"reward {sample['score']:.2f}")])
+        Dialogue(sample["query"], f"step {last}", [("RLSF", sample["response"], tables.rollout_note(sample))])
         for sample in [sample for sample in samples if sample["step"] == last][:SAMPLES_SHOWN]
     ]
 

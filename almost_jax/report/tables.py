@@ -235,3 +235,9 @@ def as_markdown(table: Table, escape: bool) -> str:
 
     rule = ["-" * (width - 1) + ":" if column in table.numeric else "-" * width for column, width in enumerate(widths)]
     return "\n".join([line(cells[0]), f"| {' | '.join(rule)} |", *(line(row) for row in cells[1:])])
+
+
+def rollout_note(record: Mapping[str, Any]) -> str:
+    """What is said beside a response of rlsf/rollouts.jsonl: its score, KL and mean advantage, where they are known."""
+    figures = (("score", "reward", ".2f"), ("kl", "KL", ".2f"), ("advantage", "advantage", "+.2f"))
+    return ", ".join(f"{name} {record[key]:{form}}" for key, name, form in figures if record[key] is not None)

@@ -4,6 +4,7 @@ A line of rollouts.jsonl is a response: what it scored, what the score became, i
 ones of a step also carry `per_token`, where each of these stands, token by token.
 """
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,6 @@ def rollout_records(
     records: list[Record] = []
     for row, query in enumerate(queries):
         size = int(samples.lengths[row])
-        kl = float(arrays["token_kl"][row, :size].sum()) if "token_kl" in arrays else None
         record = {
             "step": step,
             "query": query,
@@ -43,7 +43,7 @@ def rollout_records(
             "tokens": size,
             "score": _short(arrays["row_score"][row]),
             "reward": _short(arrays["row_reward"][row]),
-            "kl": None if kl is None else _short(kl),
+            "kl": _short(_row_kl(arrays, samples, row)),
             "advantage": _short(arrays["advantages"][row, :size].mean()) if size else 0.0,
         }
         if row < SAMPLES_SHOWN:
@@ -80,8 +80,8 @@ def sample_records(
             "query": queries[row],
             "response": response_text(tokenizer, samples, row),
             "finish": finish(tokenizer, samples, row),
-            "score": float(arrays["row_score"][row]),
-            "kl": float(arrays["token_kl"][row, : int(samples.lengths[row])].sum()) if "token_kl" in arrays else None,
+            "score": _finite(arrays["row_score"][row]),
+            "kl": _finite(_row_kl(arrays, samples, row)),
         }
         for row in shown
     ]
@@ -104,5 +104,15 @@ def records_until(path: Path, step: int) -> list[Record]:
     return [record for record in read_records(path) if record["step"] <= step] if path.exists() else []
 
 
-def _short(number: Any) -> float:
-    return round(float(number), DECIMALS)
+def _row_kl(arrays: dict[str, np.ndarray], samples: Any, row: int) -> float:
+    """KL summed over a response; NaN without a reference."""
+    return float(arrays["token_kl"][row, : int(samples.lengths[row])].sum()) if "token_kl" in arrays else math.nan
+
+
+def _finite(number: Any) -> float | None:
+    return float(number) if math.isfinite(number) else None
+
+
+def _short(number: Any) -> float | None:
+    """Rounded; None, as in metrics.jsonl, where it isn't finite, which a guard may let pass."""
+    return round(float(number), DECIMALS) if math.isfinite(number) else None

@@ -108,8 +108,8 @@ def write_run(directory: Path, seed: int) -> None:
     for stage in ("reward", "sft", "rlsf"):
         rows = [{"step": step, "loss": 1 / step, "reward": step / 9, "kl": None} for step in range(1, 20)]
         write_records(directory / stage / "metrics.jsonl", rows)
-    sample = {"step": 4, "query": HOSTILE, "response": HOSTILE, "finish": "stop", "score": 0.5, "kl": 1.0}
-    write_records(directory / "rlsf" / "samples.jsonl", [sample])
+    sample = {"step": 4, "query": HOSTILE, "response": HOSTILE, "finish": "stop", "score": 0.5, "kl": None}
+    write_records(directory / "rlsf" / "rollouts.jsonl", [{**sample, "advantage": -0.125}])
     entry = {"state": "done", "fingerprint": "f", "seconds": 12.5, "versions": {"jax": "1.2.3"}, "commit": "abc"}
     status = {"stages": {"queries": entry, "rlsf": {"state": "pending"}}}
     (directory / "status.json").write_text(json.dumps(status))

@@ -172,6 +172,7 @@ def test_a_run_without_gold_scores_still_has_a_page(make_finished_run: Make, tmp
     assert "No gold score was taken" in reader.text
     assert "What became of n = 120 synthetic comparisons" in reader.text
     assert "<script>alert(1)</script>" in reader.text  # RLSF's samples
+    assert "reward 0.50, advantage -0.12" in reader.text
     assert sum(tag == "svg" for tag, _ in reader.tags) == 3
     assert "no evaluation/gold.json" in page.summary_table(folder)
 

@@ -54,12 +54,19 @@ def test_exploding_kl_stops_and_names_the_last_good_checkpoint(make_ppo: Callabl
 
 @pytest.mark.parametrize("guard", ["entropy", "length"])
 def test_skipped_steps_leave_the_policy_alone_and_too_many_stop(
-    make_ppo: Callable[..., Run], tmp_path: Path, guard: str
+    make_ppo: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, guard: str
 ) -> None:
-    # An entropy that no policy over 20 words has, and responses of one token of which hardly any is an end.
+    # An entropy that no policy over 20 words has, and a policy that never stops.
     guards = {guard: "skip", "max_skips": 2, **({"min_entropy": 9.0} if guard == "entropy" else {})}
-    sampling = {"temperature": 0.7, "max_new_tokens": 1 if guard == "length" else 9}
-    run = make_ppo(tmp_path, guards=guards, sampling=sampling, checkpoint_every=1)
+    if guard == "length":
+        draw = rlsf.draw
+
+        def endless(*arguments: Any) -> Any:
+            samples = draw(*arguments)
+            return samples.replace(stopped=np.zeros(samples.stopped.shape, bool))
+
+        monkeypatch.setattr(rlsf, "draw", endless)
+    run = make_ppo(tmp_path, guards=guards, checkpoint_every=1)
     with pytest.raises(TrainingDiverged, match=r"rlsf: diverged at step 3: .*; 2 steps in a row were skipped"):
         rlsf.run_stage(run)
     assert said(run).count("rlsf: skipped step") == 2 and "the last good checkpoint is step 1" in said(run)
@@ -70,7 +77,7 @@ def test_skipped_steps_leave_the_policy_alone_and_too_many_stop(
     )
     jax.tree.map(np.testing.assert_array_equal, before, after)
     # The count goes on from the checkpoint: a resumed run stops at the same step.
-    again = make_ppo(tmp_path, guards=guards, sampling=sampling, checkpoint_every=1)
+    again = make_ppo(tmp_path, guards=guards, checkpoint_every=1)
     with pytest.raises(TrainingDiverged, match="diverged at step 3"):
         rlsf.run_stage(again)
     assert "skipped step" not in said(again)
@@ -146,6 +153,6 @@ def test_supervised_training_stops_skips_or_looks_away(
     finite = all(bool(np.isfinite(leaf).all()) for leaf in jax.tree.leaves(model.params))
     if action == "skip":
         assert losses[1] is None and [line["skipped"] for line in lines] == [0, 1, 0] and finite
-        assert "sft: skipped step 2: loss is inf" in said(run)
+        assert "sft: skipped step 2: " in said(run) and "loss is inf; the last good checkpoint is step 1" in said(run)
     else:
         assert losses[1:] == [None, None] and not finite
