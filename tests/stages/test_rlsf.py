@@ -39,6 +39,7 @@ CONFIG = LlamaConfig(
     rms_norm_eps=1e-3,
     rope=RopeConfig(theta=1234.0),
     initializer_range=0.4,
+    vocab_chunk=7,
 )
 EOS, HUMAN = 2, 3
 PLAYERS = Players(
