@@ -54,7 +54,8 @@ class MeshConfig(Section):
     otherwise. `remat` recomputes each layer in the backward pass. `attention: splash` uses that kernel on a TPU where
     a program sees its own rows alone (`explicit`, or one device). Training and scoring apply the head to at most
     `vocab_chunk` entries of the vocabulary at a time, so that no array of batch x length x vocabulary stands in memory;
-    0 for all at once, as smaller vocabularies are.
+    0 for all at once, as smaller vocabularies are. On a CPU `vocab_chunk_cpu` says so instead: there the second pass
+    over the head costs more than the memory is worth.
     """
 
     data: AxisSize = -1
@@ -65,6 +66,7 @@ class MeshConfig(Section):
     remat: Flag = False
     attention: Literal["plain", "splash"] = "splash"
     vocab_chunk: NonNegativeInt = 8192
+    vocab_chunk_cpu: NonNegativeInt = 0
 
     @model_validator(mode="after")
     def _one_free_axis(self) -> "MeshConfig":

@@ -17,6 +17,7 @@ from almost_jax.io.models import Model, load_model
 from almost_jax.io.records import Record, RecordWriter, parse_records
 from almost_jax.io.transfer import locate
 from almost_jax.sampling.scoring import completion_logprobs, score_sequences
+from almost_jax.stages.execution import head_chunk
 
 # Rows are padded to a multiple of it, so that a few programs serve all lengths.
 _MULTIPLE = 64
@@ -50,7 +51,7 @@ def score_command(
         raise InputError(f"{out}: is the input; expected another file")
     place = make_mesh(MeshConfig()) if mesh is None else parse_mesh(mesh)
     loaded = load_model(locate(model), place, dtype)
-    shape = dataclasses.replace(loaded.config, vocab_chunk=MeshConfig().vocab_chunk)
+    shape = dataclasses.replace(loaded.config, vocab_chunk=head_chunk(MeshConfig()))
     loaded = dataclasses.replace(loaded, config=shape)
     # As many rows for each of the devices that batches are split over.
     rows = place.shape["data"] * place.shape["fsdp"]

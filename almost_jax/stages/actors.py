@@ -16,7 +16,7 @@ from almost_jax.io.records import read_records
 from almost_jax.io.run import Run
 from almost_jax.sampling.rules import SamplingRules
 from almost_jax.stages.dialogues import prompt_tokens
-from almost_jax.stages.execution import training_shape
+from almost_jax.stages.execution import head_chunk, training_shape
 from almost_jax.stages.prompting import sampling_rules
 from almost_jax.stages.reward import load_reward_model
 from almost_jax.stages.rollouts import Players
@@ -60,7 +60,7 @@ def load_actors(run: Run) -> Actors:
     stops = tuple(sorted({tokenizer.eos_id} | ({human} if human is not None else set())))
     rules = sampling_rules(ppo.sampling, stops)
     normalizes = ppo.critic == "reward_model" and ppo.normalize_reward
-    policy = dataclasses.replace(sft.config, vocab_chunk=run.config.mesh.vocab_chunk)
+    policy = dataclasses.replace(sft.config, vocab_chunk=head_chunk(run.config.mesh))
     players = Players(
         policy=policy,
         critic=reward.config if ppo.critic == "reward_model" else sft.config,

@@ -44,8 +44,13 @@ def training_shape(config: LlamaConfig, settings: MeshConfig, mesh: Mesh) -> Lla
     splash = settings.attention == "splash" and platform() == "tpu" and (settings.explicit or mesh.size == 1)
     return dataclasses.replace(
         config, remat=settings.remat, gather=gather, attention="splash" if splash else "plain",
-        vocab_chunk=settings.vocab_chunk,
+        vocab_chunk=head_chunk(settings),
     )  # fmt: skip
+
+
+def head_chunk(settings: MeshConfig) -> int:
+    """How many entries of the vocabulary the head is applied to at a time on the platform that is traced for."""
+    return settings.vocab_chunk_cpu if platform() == "cpu" else settings.vocab_chunk
 
 
 def training_shardings(config: LlamaConfig, settings: MeshConfig, mesh: Mesh, head: bool) -> Params:
