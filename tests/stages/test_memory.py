@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from almost_jax.config import OptimizerConfig, PpoConfig
+from almost_jax.config import MeshConfig, OptimizerConfig, PpoConfig
 from almost_jax.core.heads import add_head
 from almost_jax.core.llama import LlamaConfig, Params, init_params
+from almost_jax.core.partitioning import lowering_for, make_mesh
 from almost_jax.core.train import init_state, make_optimizer, make_train_step
 from almost_jax.sampling.sampler import Samples
 from almost_jax.sampling.scoring import _next_token_logprobs
+from almost_jax.stages.execution import head_chunk, training_shape
 from almost_jax.stages.rollouts import Experience, Players, judge
 from almost_jax.stages.sft import sft_loss_sums
 from almost_jax.stages.updates import PpoState, make_optimizers, make_update
@@ -112,3 +114,13 @@ def test_no_program_holds_logits_of_batch_x_length_x_vocabulary(program: Any, ti
     whole = dataclasses.replace(SHAPE, tie_embeddings=tied)
     assert program(whole) >= B * G * 1009, "in one piece they are there, or this test sees nothing"
     assert program(dataclasses.replace(whole, vocab_chunk=100)) < B * G * 1009 // 3
+
+
+def test_the_head_is_in_one_piece_on_a_cpu_unless_asked() -> None:
+    asked = MeshConfig(vocab_chunk_cpu=11, vocab_chunk=77)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    assert head_chunk(MeshConfig()) == 0
+    assert training_shape(SHAPE, asked, mesh).vocab_chunk == 11
+    with lowering_for("tpu"):
+        assert head_chunk(MeshConfig()) == 8192
+        assert training_shape(SHAPE, asked, mesh).vocab_chunk == 77
