@@ -415,6 +415,8 @@ class PpoConfig(Section):
             )
         if self.sampling.temperature == 0:
             raise wrong("sampling.temperature", "rollouts must be sampled; a temperature of 0 is greedy")
+        if self.sampling.trim_unfinished:
+            raise wrong("sampling.trim_unfinished", "rollouts are learned from as they are; only prompts may trim")
         if 0 < self.dual_clip <= 1:
             raise wrong("dual_clip", f"{self.dual_clip} would clip the old policy itself; use more than 1, or 0")
         return self

@@ -145,10 +145,19 @@ def test_bad_overrides_are_named_with_what_would_be_right(override: str, expecte
         ("queries.source=file", "queries.file: needs the path"),
         ("queries.source=self_instruct", "evaluation.gold: only the micro-world has a gold score"),
         ("queries.self_instruct.min_words=200", "min_words: 200 is more than max_words 150"),
+        ("as_is_reward.votes=none", "filters.as_is: there is no as-is reward model"),
+        ("evaluation.questions=held_out_questions", "evaluation.questions: the gold score has its own questions"),
+        ("ppo.sampling.trim_unfinished=true", "ppo.sampling.trim_unfinished: rollouts are learned from as they are"),
     ],
 )
 def test_keys_that_disagree_are_refused(override: str, expected: str) -> None:
     assert expected in problem(MICROWORLD, override)
+
+
+def test_an_as_is_model_that_is_not_trained_needs_no_model() -> None:
+    missing = "as_is_reward.model=huge"
+    assert "huge" in problem(MICROWORLD, missing)
+    assert load_experiment(MICROWORLD, [missing, "as_is_reward.votes=none", "filters.as_is=false"])
 
 
 def test_a_generator_that_does_not_run_needs_no_model() -> None:

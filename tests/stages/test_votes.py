@@ -2,12 +2,18 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from almost_jax.errors import InputError
+from almost_jax.io.records import read_records
+from almost_jax.io.run import Run
+from almost_jax.stages import as_is_reward
 from almost_jax.stages.as_is_reward import load_votes
+from almost_jax.stages.comparisons import run_responses, run_stage
+from almost_jax.stages.reward import Pair
 from almost_jax.stages.votes import hub_votes, pair_of_record, plain_text, votes_are_a_file
 
 DATA = Path(os.environ.get("ALMOST_JAX_DATA", Path(__file__).parents[2] / "shared" / "data"))
@@ -102,3 +108,37 @@ def test_recorded_human_preferences_are_votes_of_whole_dialogues() -> None:
         assert pair.chosen.startswith(pair.group) and pair.rejected.startswith(pair.group)
         assert pair.group.endswith("Assistant:")
         assert 0 <= pair.chosen_length == len(pair.chosen) - len(pair.group)
+
+
+def test_without_votes_there_is_no_model_and_it_says_so(make_run: Callable[..., Run], tmp_path: Path) -> None:
+    short = {"sampling": {"max_new_tokens": 6, "batch_size": 8}}
+    comparisons = make_run(tmp_path / "run").config.comparisons.model_dump() | short
+    run = make_run(
+        tmp_path / "run", as_is_reward={"votes": "none"}, filters={"as_is": False}, comparisons=comparisons
+    )
+    assert as_is_reward.run_stage(run) == {"votes": "none"}
+    assert not run.path("as_is_reward").exists()
+    # The comparisons do without its scores.
+    run_responses(run)
+    summary = run_stage(run)
+    assert summary["as_is_agreement"] is None and summary["pairs"] == 24
+    assert all(record["as_is_margin"] is None for record in read_records(run.path("comparisons.jsonl")))
+
+
+def test_a_data_set_gives_the_as_is_model_its_pairs(
+    make_run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_data_set(tmp_path / "stack")
+    given: list[Pair] = []
+
+    def train(run: Run, name: str, model: str, pairs: list[Pair], **_: object) -> dict[str, object]:
+        given.extend(pairs)
+        return {"pairs": len(pairs)}
+
+    monkeypatch.setattr(as_is_reward, "train_reward_model", train)
+    run = make_run(tmp_path / "run", as_is_reward={"votes": f"hub:{tmp_path / 'stack'}", "pairs": 20})
+    assert as_is_reward.run_stage(run) == {"pairs": 20}
+    for pair in given:
+        number = pair.group.removeprefix("question ")
+        assert pair.chosen == f"Human: question {number}\n\nAssistant: good {number}"
+        assert pair.rejected.endswith(f"bad {number}")
