@@ -79,6 +79,10 @@ class SamplingConfig(Section):
     """How completions are drawn. `top_p: 1` and `top_k: 0` mean off; `temperature: 0` is greedy.
 
     With `trim_unfinished` a prompted model's turn that ran out of tokens ends with its last whole sentence.
+
+    How fast, but not what: `batch_size` requests run at once, each in a slot; every `steps_per_wake` tokens the host
+    looks for what has ended and, with `refill`, gives free slots to the next requests; prompts are read
+    `prefill_tokens` at a time.
     """
 
     temperature: NonNegative = 1.0
@@ -87,6 +91,9 @@ class SamplingConfig(Section):
     max_new_tokens: PositiveInt = 256
     batch_size: PositiveInt = 64
     trim_unfinished: Flag = False
+    steps_per_wake: PositiveInt = 8
+    refill: Flag = True
+    prefill_tokens: PositiveInt = 2048
 
 
 class PromptedModel(Section):

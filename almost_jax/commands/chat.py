@@ -21,8 +21,8 @@ from almost_jax.errors import InputError
 from almost_jax.io.models import Model, load_model
 from almost_jax.io.transfer import GENERATION, locate
 from almost_jax.sampling.engine import request_key
+from almost_jax.sampling.layout import decode_layout
 from almost_jax.sampling.rules import SamplingRules
-from almost_jax.sampling.sampler import decode_layout
 from almost_jax.sampling.streaming import stream
 from almost_jax.stages.dialogues import prompt_tokens
 from almost_jax.stages.templates import END_OF_TURN, LABELS, Turn

@@ -8,6 +8,8 @@ scalar head beside it (`almost_jax.core.heads`).
 """
 
 import dataclasses
+import functools
+import math
 from typing import Any, TypeAlias
 
 import flax.linen as nn
@@ -16,7 +18,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array
 
-from almost_jax.core.attention import attention, cache_mask, causal_mask
+from almost_jax.core.attention import attention, cache_mask, causal_attention, causal_mask
 from almost_jax.core.gathering import Gather
 from almost_jax.core.partitioning import constrain
 from almost_jax.core.splash import splash_attention
@@ -24,6 +26,8 @@ from almost_jax.core.splash import splash_attention
 Params: TypeAlias = dict[str, Any]
 
 _TABLE_AXES = ("vocab", "embed")
+# Up to so many rows a CPU multiplies fastest with the kernel on the left, where its rows are read as they lie.
+_FEW_ROWS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,9 +55,11 @@ class LlamaConfig:
     of trees and the program holds them all (faster to decode on a CPU).
 
     How a program runs, and not what it computes: `remat` recomputes each layer in the backward pass. `gather` says that
-    parameters are a device's parts, inside `jax.shard_map` (see `core.gathering`). `attention` is "plain", or "splash"
-    for rows that stand alone on a TPU, whose kernel never holds a T x T array. `vocab_chunk` is how many entries of the
-    vocabulary `core.vocabulary` scores at a time, 0 for all.
+    parameters are a device's parts, inside `jax.shard_map` (see `core.gathering`). `attention` is "plain", or, for rows
+    that stand alone, "blocks" (see `attention.causal_attention`) or "splash", a TPU's kernel that never holds a T x T
+    array. `vocab_chunk` is how many entries of the vocabulary `core.vocabulary` scores at a time, 0 for all. With
+    `out_in` every kernel is stored with its output dimensions first, which a CPU multiplies a few rows by up to twice
+    as fast (see `sampling.layout`).
     """
 
     vocab_size: int
@@ -74,6 +80,7 @@ class LlamaConfig:
     gather: Gather | None = None
     attention: str = "plain"
     vocab_chunk: int = 0
+    out_in: bool = False
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -88,8 +95,8 @@ class LlamaConfig:
 class Cache:
     """Keys and values of what each row has seen, without the shared prefix.
 
-    keys, values: [L, B, S, K, H] when layers are scanned, else a tuple of L arrays [B, S, K, H]. lengths: [B] int32,
-    the slots filled; what lies beyond is garbage that no query may see and that the next tokens overwrite.
+    keys: [L, B, K, H, S] and values: [L, B, K, S, H] when layers are scanned, else tuples of L arrays. lengths: [B]
+    int32, the slots filled; what lies beyond is garbage that no query may see and that the next tokens overwrite.
     """
 
     keys: Any
@@ -99,7 +106,7 @@ class Cache:
 
 @struct.dataclass
 class Prefix:
-    """Keys and values of a prompt that all rows share: [L, P, K, H], or a tuple of L arrays [P, K, H]."""
+    """Keys [L, K, H, P] and values [L, K, P, H] of a prompt that all rows share, or tuples of L arrays."""
 
     keys: Any
     values: Any
@@ -107,8 +114,7 @@ class Prefix:
     @property
     def length(self) -> int:
         """P, the number of shared tokens."""
-        first = self.keys[0] if isinstance(self.keys, tuple) else self.keys
-        return int(first.shape[-3])
+        return int(jax.tree.leaves(self.keys)[0].shape[-1])
 
 
 def rope_frequencies(rope: RopeConfig, head_dim: int) -> Array:
@@ -167,19 +173,30 @@ class Kernel(nn.Module):
     stddev: float
     contracted: int = 1
     gather: Gather | None = None
+    out_in: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Multiply in the dtype of x."""
         initializer = nn.with_logical_partitioning(nn.initializers.normal(self.stddev), self.axes)
+        last = tuple(range(x.ndim - self.contracted, x.ndim))
+        if self.out_in:
+            turned = self.shape[self.contracted :] + self.shape[: self.contracted]
+            parameter: Any = self.param("kernel", nn.initializers.normal(self.stddev), turned)
+            outputs = len(turned) - self.contracted
+            own = tuple(range(outputs, len(turned)))
+            kernel = parameter.astype(x.dtype)
+            if math.prod(x.shape[: -self.contracted]) > _FEW_ROWS:
+                return jax.lax.dot_general(x, kernel, ((last, own), ((), ())))
+            product = jax.lax.dot_general(kernel, x, ((own, last), ((), ())))
+            return jnp.moveaxis(product, tuple(range(outputs)), tuple(range(-outputs, 0)))
         if self.gather is None:
-            parameter: Any = self.param("kernel", initializer, self.shape)
+            parameter = self.param("kernel", initializer, self.shape)
             kernel = parameter.astype(x.dtype)
         else:
             parameter = self.param("kernel", initializer, self.gather.local_shape(self.shape, self.axes))
             kernel = self.gather.whole(parameter, self.axes, x.dtype)
-        ends = tuple(range(x.ndim - self.contracted, x.ndim)), tuple(range(self.contracted))
-        return jax.lax.dot_general(x, kernel, (ends, ((), ())))
+        return jax.lax.dot_general(x, kernel, ((last, tuple(range(self.contracted))), ((), ())))
 
 
 class Attention(nn.Module):
@@ -198,30 +215,41 @@ class Attention(nn.Module):
         c = self.config
         wide, narrow = (c.num_heads, c.head_dim), (c.num_kv_heads, c.head_dim)
         std, d = c.initializer_range, c.hidden_size
-        q = Kernel((d, *wide), ("embed", "heads", "head_dim"), std, gather=c.gather, name="query")(x)
-        k = Kernel((d, *narrow), ("embed", "kv_heads", "head_dim"), std, gather=c.gather, name="key")(x)
-        v = Kernel((d, *narrow), ("embed", "kv_heads", "head_dim"), std, gather=c.gather, name="value")(x)
+        kernel = functools.partial(Kernel, stddev=std, gather=c.gather, out_in=c.out_in)
+        q = kernel((d, *wide), ("embed", "heads", "head_dim"), name="query")(x)
+        k = kernel((d, *narrow), ("embed", "kv_heads", "head_dim"), name="key")(x)
+        v = kernel((d, *narrow), ("embed", "kv_heads", "head_dim"), name="value")(x)
         q = constrain(rotate(q, positions, c.rope), "batch", "length", "activation_heads", None)
         k = constrain(rotate(k, positions, c.rope), "batch", "length", "activation_kv_heads", None)
         v = constrain(v, "batch", "length", "activation_kv_heads", None)
+        alone = cache is None and prefix is None
+        if alone and c.attention == "splash":
+            mixed = splash_attention(q, k, v, mask)
+        k, v = jnp.moveaxis(k, 1, 3), jnp.swapaxes(v, 1, 2)
         if cache is not None:
             assert starts is not None, "a cache comes with the slots to write at"
-            k = jax.vmap(_write)(cache[0], k.astype(cache[0].dtype), starts)
+            k = jax.vmap(_write_last)(cache[0], k.astype(cache[0].dtype), starts)
             v = jax.vmap(_write)(cache[1], v.astype(cache[1].dtype), starts)
-        if c.attention == "splash" and cache is None and prefix is None:
-            mixed = splash_attention(q, k, v, mask)
-        else:
+        if alone and c.attention == "blocks":
+            mixed = causal_attention(q, k, v)
+        elif not (alone and c.attention == "splash"):
             mixed = attention(q, k.astype(q.dtype), v.astype(q.dtype), mask, prefix)
         mixed = constrain(mixed, "batch", "length", "activation_heads", None)
         axes = ("heads", "head_dim", "embed")
-        out = Kernel((*wide, d), axes, std, contracted=2, gather=c.gather, name="output")(mixed)
+        out = kernel((*wide, d), axes, contracted=2, name="output")(mixed)
         return out, (k, v)
 
 
-def _write(slots: Array, new: Array, start: Array) -> Array:
-    """Write new keys or values [T, K, H] into one row's slots [S, K, H] from `start` on."""
+def _write_last(slots: Array, new: Array, start: Array) -> Array:
+    """Write new keys [K, H, T] into one row's slots [K, H, S] from `start` on."""
     zero = jnp.zeros((), start.dtype)
-    return jax.lax.dynamic_update_slice(slots, new, (start, zero, zero))
+    return jax.lax.dynamic_update_slice(slots, new, (zero, zero, start))
+
+
+def _write(slots: Array, new: Array, start: Array) -> Array:
+    """Write new values [K, T, H] into one row's slots [K, S, H] from `start` on."""
+    zero = jnp.zeros((), start.dtype)
+    return jax.lax.dynamic_update_slice(slots, new, (zero, start, zero))
 
 
 class MLP(nn.Module):
@@ -234,10 +262,10 @@ class MLP(nn.Module):
         """Map x [B, T, D] -> [B, T, D]."""
         c = self.config
         shape, axes, std = (c.hidden_size, c.intermediate_size), ("embed", "mlp"), c.initializer_range
-        gate = Kernel(shape, axes, std, gather=c.gather, name="gate")(x)
-        up = Kernel(shape, axes, std, gather=c.gather, name="up")(x)
+        kernel = functools.partial(Kernel, stddev=std, gather=c.gather, out_in=c.out_in)
+        gate, up = kernel(shape, axes, name="gate")(x), kernel(shape, axes, name="up")(x)
         hidden = constrain(nn.silu(gate) * up, "batch", "length", "activation_mlp")
-        return Kernel(shape[::-1], axes[::-1], std, gather=c.gather, name="down")(hidden)
+        return kernel(shape[::-1], axes[::-1], name="down")(hidden)
 
 
 class Block(nn.Module):
@@ -289,7 +317,7 @@ class Llama(nn.Module):
             self.layers = tuple(block(c) for _ in range(c.num_layers))
         self.norm = RMSNorm(c.rms_norm_eps)
         if not c.tie_embeddings:
-            self.lm_head = Kernel(table[::-1], _TABLE_AXES[::-1], c.initializer_range, gather=c.gather)
+            self.lm_head = Kernel(table[::-1], _TABLE_AXES[::-1], c.initializer_range, gather=c.gather, out_in=c.out_in)
 
     def __call__(
         self,
@@ -417,7 +445,7 @@ def hidden_states_cached(
         Hidden states [B, T, D] (garbage at padding) and the cache with `lengths + num_tokens`.
     """
     shared, offset = _shared(prefix)
-    slots = (cache.keys[0] if isinstance(cache.keys, tuple) else cache.keys).shape[-3]
+    slots = jax.tree.leaves(cache.keys)[0].shape[-1]
     positions = offset + cache.lengths[:, None] + jnp.arange(tokens.shape[1])[None, :]
     mask = cache_mask(cache.lengths, tokens.shape[1], slots)
     hidden, (keys, values) = Llama(config).apply(
@@ -434,15 +462,17 @@ def logits(params: Params, config: LlamaConfig, hidden: Array) -> Array:
 
 def empty_cache(config: LlamaConfig, batch: int, slots: int) -> Cache:
     """A cache of `batch` rows with room for `slots` tokens each beyond the prefix, in the compute dtype."""
-    shape = (batch, slots, config.num_kv_heads, config.head_dim)
-    axes = ("batch", "length", "activation_kv_heads", None)
+    heads, size = config.num_kv_heads, config.head_dim
 
-    def zeros() -> Any:
+    def zeros(shape: tuple[int, ...]) -> Any:
+        axes = ("batch", "activation_kv_heads", None, None)
         if config.scan_layers:
             return constrain(jnp.zeros((config.num_layers, *shape), config.dtype), "layers", *axes)
         return tuple(constrain(jnp.zeros(shape, config.dtype), *axes) for _ in range(config.num_layers))
 
-    return Cache(zeros(), zeros(), jnp.zeros((batch,), jnp.int32))
+    return Cache(
+        zeros((batch, heads, size, slots)), zeros((batch, heads, slots, size)), jnp.zeros((batch,), jnp.int32)
+    )
 
 
 def prefill_prefix(params: Params, config: LlamaConfig, tokens: Array) -> Prefix:
@@ -451,9 +481,13 @@ def prefill_prefix(params: Params, config: LlamaConfig, tokens: Array) -> Prefix
     Args:
         tokens: [P] int32, P >= 1.
     """
+    if config.attention == "plain":
+        config = dataclasses.replace(config, attention="blocks")
     row = tokens[None, :]
     positions = jnp.arange(tokens.shape[0])[None, :]
-    out: Any = Llama(config).apply({"params": params}, row, positions, causal_mask(positions))
+    splash = config.attention == "splash"
+    mask = jnp.zeros(row.shape, jnp.int32) if splash else jnp.ones((1, 1, 1), bool)
+    out: Any = Llama(config).apply({"params": params}, row, positions, mask)
     keys, values = out[1]
     if config.scan_layers:
         return Prefix(keys[:, 0], values[:, 0])

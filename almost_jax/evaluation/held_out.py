@@ -29,6 +29,7 @@ from almost_jax.stages.prompting import (
     PROMPT_MULTIPLE,
     DialogueRequest,
     Reply,
+    engine_settings,
     reply,
     respond,
     sampling_rules,
@@ -252,10 +253,9 @@ def _with_log_ratio(
             model.config,
             [Request(request_id, tuple(prompt)) for (request_id, _), prompt in zip(group, prompts, strict=True)],
             rules,
+            engine_settings(sampling),
             seed=system.seed,
             prefix_tokens=(),
-            batch_size=sampling.batch_size,
-            prompt_multiple=PROMPT_MULTIPLE,
         )
     )
     sums = [

@@ -1,50 +1,341 @@
-"""Many requests over one model: fixed batches, one shared prefix, a key of its own for every request."""
+"""Many requests over one model: a shared prefix, fixed slots that are refilled, a key of its own for every request.
 
+The host wakes every few steps: it collects what has ended, looks for stop strings, and gives free slots to the requests
+that wait. Requests with the same prompt share one prefill of it (the N samples of a query), all of them share the
+prefix (a few-shot prompt), and a request whose prompt goes on from an earlier one's text (the next turn of a dialogue)
+reads only what is new.
+"""
+
+import collections
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from almost_jax.core.llama import LlamaConfig, Params, Prefix, prefill_prefix
-from almost_jax.errors import InputError
-from almost_jax.sampling.padding import pad_batch
+from almost_jax.core.llama import Cache, LlamaConfig, Params, Prefix
+from almost_jax.sampling.layout import sampling_layout
+from almost_jax.sampling.padding import bucket_size, pad_rows
+from almost_jax.sampling.programs import Programs, place_of, room
+from almost_jax.sampling.requests import Completion, Finish, Request, Settings, check_requests, check_tokens
 from almost_jax.sampling.rules import SamplingRules
-from almost_jax.sampling.sampler import decode_layout, sample
+from almost_jax.sampling.sampler import Drawn, Slots
+from almost_jax.sampling.stats import Stats
+from almost_jax.sampling.stops import StopStrings
 
-_prefill_prefix = jax.jit(prefill_prefix, static_argnames="config")
+# Tokens of the shortest prompts that programs are compiled for.
+_SMALLEST_PROMPT = 16
+# Free slots are given away when one in so many is free: to read one prompt costs nearly as much as to read a few.
+_REFILLED = 8
+
+
+@dataclasses.dataclass
+class _Running:
+    """A request in a slot: what it has drawn, and how many of its tokens are known to hold no stop string."""
+
+    request: Request
+    tokens: list[int]
+    logprobs: list[float]
+    checked: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
-    """A prompt [tokens] to continue. Its samples depend on the seed and on `id`, so ids must differ."""
+class _Kept:
+    """An ended request's tokens, and its row in a cache that was set aside."""
 
-    id: str
-    prompt: tuple[int, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Completion:
-    """What was drawn for a request: tokens with the stop token, if it stopped, and the log-prob of each."""
-
-    id: str
     tokens: tuple[int, ...]
-    logprobs: tuple[float, ...]
-    stopped: bool
+    cache: Cache
+    row: int
+
+
+class Engine:
+    """Samples from one model by one set of rules behind one prefix; `stats` counts what it does.
+
+    A request's tokens depend on the model, its prompt, the rules, the seed and its id alone. On several hosts all of
+    them must be given the same requests; what they decide depends on arrays that all of them hold.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        config: LlamaConfig,
+        rules: SamplingRules,
+        settings: Settings,
+        *,
+        seed: int,
+        prefix_tokens: Sequence[int],
+        stops: StopStrings | None = None,
+    ):
+        """For a model's tree as it was loaded, or in the layout of `sampling_layout`.
+
+        Raises:
+            InputError: a token of the prefix is outside the vocabulary.
+        """
+        check_tokens("prefix", prefix_tokens, config.vocab_size)
+        place = place_of(params)
+        self._programs = Programs(*sampling_layout(params, config, place.platform), rules)
+        self._config, self._rules, self._settings, self._stops = config, rules, settings, stops
+        self._root = jax.random.key(seed)
+        self._prefix_tokens = tuple(prefix_tokens)
+        self._prefix: Prefix | None = None
+        # As many more slots as it takes to split them evenly over the devices.
+        self._batch = -(-settings.slots // place.rows) * place.rows
+        self._rows = place.rows
+        self._kept: dict[str, _Kept] = {}
+        self._slots: Slots | None = None
+        self.stats = Stats()
+
+    def run(self, requests: Sequence[Request]) -> Iterator[Completion]:
+        """Continue every request; completions come as they finish.
+
+        Raises:
+            InputError: an empty prompt, a token outside the vocabulary, an id given twice, a limit above the rules', an
+                unknown parent, or a prompt that leaves no room for its new tokens within the model's positions.
+        """
+        check_requests(requests, self._config, self._rules.max_new_tokens, len(self._prefix_tokens), self._kept)
+        return self._run(requests)
+
+    def forget(self, ids: Iterable[str] | None = None) -> None:
+        """Free what was kept of some requests, or of all."""
+        for name in list(self._kept) if ids is None else ids:
+            self._kept.pop(name, None)
+
+    def _run(self, requests: Sequence[Request]) -> Iterator[Completion]:
+        stats, k = self.stats, self._settings.steps_per_wake
+        waiting = collections.deque(requests)
+        running: dict[int, _Running] = {}
+        with stats.measured(self._programs):
+            while waiting or running:
+                ended: list[tuple[int, Completion]] = []
+                if waiting and (not running or self._refills(len(running))):
+                    ended += self._admit(waiting, running)
+                if any(place not in dict(ended) for place in running):
+                    slots, drawn = self._programs.decode(self._taken(), self._prefix, k)
+                    self._slots = slots
+                    ended += self._collect(running, jax.device_get(drawn), dict(ended))
+                self._set_aside([(place, running[place]) for place, _ in ended])
+                for place, completion in ended:
+                    del running[place]
+                    stats.requests += 1
+                    stats.new_tokens += len(completion.tokens)
+                    with stats.paused():
+                        yield completion
+
+    def _refills(self, running: int) -> bool:
+        """Whether enough slots are free, beside so many that run, to be worth a prefill."""
+        slots = self._settings.slots
+        return self._settings.refill and slots - running >= -(-slots // _REFILLED)
+
+    def _admit(
+        self, waiting: "collections.deque[Request]", running: dict[int, _Running]
+    ) -> list[tuple[int, Completion]]:
+        """Give free slots to waiting requests; those that end with their first token are given back."""
+        free = [place for place in range(self._settings.slots) if place not in running]
+        chosen = [waiting.popleft() for _ in range(min(len(free), len(waiting)))]
+        if self._prefix_tokens and self._prefix is None:
+            self._prefix = self._programs.prefix(np.array(self._prefix_tokens, np.int32))
+            self.stats.prefill_tokens += len(self._prefix_tokens)
+        self._make_room(chosen, [one.request for one in running.values()])
+        ended = []
+        for group in self._groups(chosen):
+            places = [free.pop(0) for _ in group.requests]
+            ended += self._fill(group, places, running)
+        return ended
+
+    def _make_room(self, chosen: Sequence[Request], running: Sequence[Request]) -> None:
+        """Slots with room for every request that will be in them."""
+        size = bucket_size(max(len(one.prompt) + self._limit(one) for one in [*chosen, *running]), _SMALLEST_PROMPT)
+        k = self._settings.steps_per_wake
+        if self._slots is None or (not running and room(self._slots.cache) > size):
+            self._slots = None
+            self._slots = self._programs.empty_slots(self._batch, size, self._prefix, k)
+        elif room(self._slots.cache) < size:
+            self._slots = self._programs.grow(self._taken(), size, self._prefix, k)
+
+    def _groups(self, chosen: Sequence[Request]) -> "list[_Group]":
+        """Requests whose prompts are read together: of one shape, no more than a program should read."""
+        forks: dict[tuple[tuple[int, ...], str | None], list[Request]] = {}
+        for request in chosen:
+            forks.setdefault((request.prompt, request.parent), []).append(request)
+        by_width: dict[tuple[int, bool], list[tuple[int, list[Request]]]] = {}
+        for (prompt, parent), own in forks.items():
+            start = self._known(prompt, parent)
+            width = bucket_size(len(prompt) - start, _SMALLEST_PROMPT)
+            by_width.setdefault((width, start > 0), []).append((start, own))
+        groups = []
+        for (width, _), own_forks in by_width.items():
+            most = max(self._settings.prefill_tokens // width, 1)
+            # A part that fills its program, if the limit allows that.
+            most = max((size for size in self._sizes() if size <= most), default=most)
+            for first in range(0, len(own_forks), most):
+                part = own_forks[first : first + most]
+                groups.append(_Group(width, [start for start, _ in part], [own for _, own in part]))
+        return groups
+
+    def _known(self, prompt: tuple[int, ...], parent: str | None) -> int:
+        """How many of a prompt's first tokens its parent's cache holds; never all, since the last one predicts."""
+        if parent is None:
+            return 0
+        found = self._kept[parent].tokens
+        same = next((i for i, (one, other) in enumerate(zip(prompt, found, strict=False)) if one != other), len(found))
+        return min(same, len(prompt) - 1, len(found))
+
+    def _fill(self, group: "_Group", places: list[int], running: dict[int, _Running]) -> list[tuple[int, Completion]]:
+        """Read a group's prompts and admit its requests to slots."""
+        prompts = [own[0].prompt for own in group.forks]
+        rows = self._bucket(len(prompts))
+        new = [prompt[start:] for prompt, start in zip(prompts, group.starts, strict=True)]
+        padded = pad_rows([*new, *[(0,)] * (rows - len(new))], group.width)
+        lengths = np.array([len(one) for one in new] + [1] * (rows - len(new)), np.int32)
+        kept = self._restored(group, rows) if any(group.starts) else None
+        read = self._programs.prefill(padded, lengths, kept, self._prefix)
+        requests = group.requests
+        self.stats.prefill_tokens += sum(map(len, new))
+        self.stats.prefill_tokens_asked += sum(len(self._prefix_tokens) + len(one.prompt) for one in requests)
+        count = self._bucket(len(requests))
+        rest = count - len(requests)
+        sources = [row for row, own in enumerate(group.forks) for _ in own]
+        keys = _key_data(self._root, [one.id for one in requests])
+        slots, tokens, logprobs, runs = self._programs.admit(
+            self._taken(),
+            read,
+            np.array(sources + [0] * rest, np.int32),
+            np.array(places + [self._batch] * rest, np.int32),
+            np.concatenate([keys, np.zeros((rest, 2), np.uint32)]),
+            np.array([self._limit(one) for one in requests] + [1] * rest, np.int32),
+        )
+        self._slots = slots
+        first, first_logprobs, goes_on = jax.device_get((tokens, logprobs, runs))
+        ended = []
+        for index, (request, place) in enumerate(zip(requests, places, strict=True)):
+            one = running[place] = _Running(request, [int(first[index])], [float(first_logprobs[index])])
+            completion = self._ended(one, bool(goes_on[index]))
+            if completion is not None:
+                ended.append((place, completion))
+        self._halt([place for place, done in ended if done.finish == "stop_string"])
+        return ended
+
+    def _restored(self, group: "_Group", rows: int) -> Cache:
+        """A cache of the group's rows, each holding what is kept of its parent."""
+        size = bucket_size(max(group.starts) + group.width, _SMALLEST_PROMPT)
+        cache = self._programs.empty_cache(rows, size)
+        by_cache: dict[int, list[int]] = {}
+        for row, own in enumerate(group.forks):
+            if group.starts[row]:
+                by_cache.setdefault(id(self._kept[str(own[0].parent)].cache), []).append(row)
+        for members in by_cache.values():
+            parents = [self._kept[str(group.forks[row][0].parent)] for row in members]
+            rest = self._bucket(len(members)) - len(members)
+            cache = self._programs.restore(
+                cache,
+                parents[0].cache,
+                np.array([parent.row for parent in parents] + [0] * rest, np.int32),
+                np.array(members + [rows] * rest, np.int32),
+                np.array([group.starts[row] for row in members] + [0] * rest, np.int32),
+            )
+            self.stats.prefill_tokens_reused += sum(group.starts[row] for row in members)
+        return cache
+
+    def _collect(
+        self, running: dict[int, _Running], drawn: Drawn, ended: dict[int, Completion]
+    ) -> list[tuple[int, Completion]]:
+        """Take what the slots drew; give back the requests that ended."""
+        tokens, logprobs, counts, runs = drawn.tokens, drawn.logprobs, drawn.drawn, drawn.running
+        found = []
+        steps = 0
+        for place, one in running.items():
+            if place in ended:
+                continue
+            new = int(counts[place]) - len(one.tokens)
+            steps = max(steps, new)
+            one.tokens += tokens[place, :new].tolist()
+            one.logprobs += logprobs[place, :new].tolist()
+            completion = self._ended(one, bool(runs[place]))
+            if completion is not None:
+                found.append((place, completion))
+            kept = len(one.tokens) if completion is None else len(completion.tokens)
+            self.stats.used_steps += max(kept - (len(one.tokens) - new), 0)
+        self.stats.slot_steps += steps * self._settings.slots
+        self._halt([place for place, done in found if done.finish == "stop_string" and bool(runs[place])])
+        return found
+
+    def _ended(self, one: _Running, runs: bool) -> Completion | None:
+        """A request's completion if it has ended by what it has drawn."""
+        by_token = not runs and one.tokens[-1] in self._rules.stop_tokens
+        if self._stops is not None:
+            content = one.tokens[:-1] if by_token else one.tokens
+            count = self._stops.first(content, one.checked)
+            one.checked = len(content)
+            if count is not None:
+                # What was drawn behind it until the host looked is dropped.
+                return Completion(one.request.id, tuple(one.tokens[:count]), tuple(one.logprobs[:count]), "stop_string")
+        if runs:
+            return None
+        finish: Finish = "stop_token" if by_token else "length"
+        return Completion(one.request.id, tuple(one.tokens), tuple(one.logprobs), finish)
+
+    def _sizes(self) -> list[int]:
+        """The numbers of rows that programs have."""
+        sizes = [self._bucket(1)]
+        while sizes[-1] < self._batch:
+            sizes.append(self._bucket(sizes[-1] + 1))
+        return sizes
+
+    def _bucket(self, count: int) -> int:
+        """How many rows a program has for `count` prompts or requests.
+
+        As many as a refill usually needs, or four times that, and so on: a few programs serve.
+        """
+        size = -(-self._settings.slots // _REFILLED)
+        while size < count:
+            size = min(4 * size, self._batch)
+        return -(-size // self._rows) * self._rows
+
+    def _halt(self, places: list[int]) -> None:
+        if places:
+            padded = places + [self._batch] * (self._batch - len(places))
+            self._slots = self._programs.halt(self._taken(), np.array(padded, np.int32))
+
+    def _set_aside(self, ended: list[tuple[int, _Running]]) -> None:
+        """Copy the caches of those that asked for it, before their slots are given away."""
+        keeping = [(place, one) for place, one in ended if one.request.keep]
+        if not keeping:
+            return
+        assert self._slots is not None, "a request that ended had a slot"
+        places = [place for place, _ in keeping]
+        padded = places + places[:1] * (self._bucket(len(places)) - len(places))
+        cache = self._programs.take(self._slots.cache, np.array(padded, np.int32))
+        for row, (_, one) in enumerate(keeping):
+            # The last token drawn is not in the cache.
+            self._kept[one.request.id] = _Kept((*one.request.prompt, *one.tokens[:-1]), cache, row)
+
+    def _taken(self) -> Slots:
+        """The slots, for a program that is given their memory."""
+        assert self._slots is not None, "slots are made before they are used"
+        slots, self._slots = self._slots, None
+        return slots
+
+    def _limit(self, request: Request) -> int:
+        return self._rules.max_new_tokens if request.max_new_tokens is None else request.max_new_tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class _Group:
+    """Prompts that one program reads.
+
+    width: the tokens that each is padded to. starts: how many of each one's are known already. forks: the requests of
+    each.
+    """
+
+    width: int
+    starts: list[int]
+    forks: list[list[Request]]
 
     @property
-    def content(self) -> tuple[int, ...]:
-        """The tokens without the stop token."""
-        return self.tokens[:-1] if self.stopped else self.tokens
-
-
-def request_key(seed: int, request_id: str) -> Array:
-    """The typed key of a request: a function of the seed and the id alone."""
-    key: Array = _request_keys(jax.random.key(seed), _words([request_id]))[0]
-    return key
+    def requests(self) -> list[Request]:
+        return [request for own in self.forks for request in own]
 
 
 def generate(
@@ -52,102 +343,65 @@ def generate(
     config: LlamaConfig,
     requests: Sequence[Request],
     rules: SamplingRules,
+    settings: Settings,
     *,
     seed: int,
     prefix_tokens: Sequence[int],
-    batch_size: int,
-    prompt_multiple: int,
+    stops: StopStrings | None = None,
+    stats: Stats | None = None,
 ) -> Iterator[Completion]:
-    """Continue every request, in order, a batch at a time.
-
-    A request's tokens depend on the model, its prompt, the rules, the seed and its id; not on its neighbours. Under a
-    mesh, iterate inside `jax.set_mesh`.
+    """Continue every request, in their order; each is given as soon as it and those before it have finished.
 
     Args:
         params: the model's tree.
         config: the model's shape.
         requests: what to continue.
         rules: how to draw and when to stop.
+        settings: how the engine runs.
         seed: with the ids, the source of all randomness.
         prefix_tokens: what every request saw before its prompt, computed once; may be empty.
-        batch_size: B, rows per program; a last batch with fewer requests is filled up.
-        prompt_multiple: prompts are padded to a multiple of it; larger means fewer programs to compile.
+        stops: strings that end a completion.
+        stats: is added to, when given.
 
     Raises:
-        InputError: an empty prompt, a token outside the vocabulary, an id given twice, or a prompt that leaves no room
-            for max_new_tokens within the model's positions.
+        InputError: see `Engine.run`.
     """
-    _check(config, requests, rules, prefix_tokens)
-    return _batches(params, config, requests, rules, seed, tuple(prefix_tokens), batch_size, prompt_multiple)
+    engine = Engine(params, config, rules, settings, seed=seed, prefix_tokens=prefix_tokens, stops=stops)
+    if stats is not None:
+        engine.stats = stats
+    return in_order(requests, engine.run(requests))
 
 
-def _batches(
-    params: Params,
-    config: LlamaConfig,
-    requests: Sequence[Request],
-    rules: SamplingRules,
-    seed: int,
-    prefix_tokens: tuple[int, ...],
-    batch_size: int,
-    prompt_multiple: int,
-) -> Iterator[Completion]:
-    if not requests:
-        return
-    platform = next(iter(jax.tree.leaves(params)[0].devices())).platform
-    params, config = decode_layout(params, config, platform)
-    prefix: Prefix | None = None
-    if prefix_tokens:
-        prefix = _prefill_prefix(params, config, jnp.asarray(prefix_tokens, jnp.int32))
-    root = jax.random.key(seed)
-    for first in range(0, len(requests), batch_size):
-        group = requests[first : first + batch_size]
-        prompts, lengths = pad_batch([request.prompt for request in group], batch_size, prompt_multiple)
-        ids = [request.id for request in group]
-        keys = _request_keys(root, _words(ids + ids[:1] * (batch_size - len(ids))))
-        drawn = jax.device_get(sample(params, config, prompts, lengths, keys, prefix, rules))
-        for row, request in enumerate(group):
-            count = int(drawn.lengths[row])
-            yield Completion(
-                id=request.id,
-                tokens=tuple(drawn.tokens[row, :count].tolist()),
-                logprobs=tuple(drawn.logprobs[row, :count].tolist()),
-                stopped=bool(drawn.stopped[row]),
-            )
-
-
-def _check(
-    config: LlamaConfig, requests: Sequence[Request], rules: SamplingRules, prefix_tokens: Sequence[int]
-) -> None:
-    seen: set[str] = set()
+def in_order(requests: Sequence[Request], completions: Iterator[Completion]) -> Iterator[Completion]:
+    """Completions in the order of their requests."""
+    early: dict[str, Completion] = {}
     for request in requests:
-        if request.id in seen:
-            raise InputError(f"request id {request.id!r} is given twice: ids must differ, since samples depend on them")
-        seen.add(request.id)
-        if not request.prompt:
-            raise InputError(f"request {request.id!r} has an empty prompt; give it at least one token")
-        needed = len(prefix_tokens) + len(request.prompt) + rules.max_new_tokens
-        if needed > config.max_position_embeddings:
-            raise InputError(
-                f"request {request.id!r}: prefix {len(prefix_tokens)} + prompt {len(request.prompt)} + max_new_tokens "
-                f"{rules.max_new_tokens} = {needed} exceed the model's {config.max_position_embeddings} positions"
-            )
-        _check_tokens(f"request {request.id!r}", request.prompt, config.vocab_size)
-    _check_tokens("prefix", prefix_tokens, config.vocab_size)
+        while request.id not in early:
+            completion = next(completions)
+            early[completion.id] = completion
+        yield early.pop(request.id)
 
 
-def _check_tokens(name: str, tokens: Sequence[int], vocab_size: int) -> None:
-    for token in tokens:
-        if not 0 <= token < vocab_size:
-            raise InputError(f"{name} holds token {token}, but the model's vocabulary is 0..{vocab_size - 1}")
+def request_key(seed: int, request_id: str) -> Array:
+    """The typed key of a request: a function of the seed and the id alone."""
+    key: Array = jax.random.wrap_key_data(_key_data(jax.random.key(seed), [request_id])[0])
+    return key
 
 
-def _words(ids: Sequence[str]) -> np.ndarray:
-    """Two 32-bit words of each id's SHA-256: [B, 2] uint32."""
+def _power_of_two(count: int) -> int:
+    return 1 << (count - 1).bit_length()
+
+
+def _key_data(root: Array, ids: Sequence[str]) -> np.ndarray:
+    """The data [B, 2] uint32 of the keys of ids: two 32-bit words of each id's SHA-256 folded into the root."""
     digests = b"".join(hashlib.sha256(name.encode()).digest()[:8] for name in ids)
-    return np.frombuffer(digests, "<u4").reshape(len(ids), 2)
+    words = np.zeros((_power_of_two(len(ids)), 2), np.uint32)
+    words[: len(ids)] = np.frombuffer(digests, "<u4").reshape(len(ids), 2)
+    return np.asarray(_folded(root, words))[: len(ids)]
 
 
 @jax.jit
-def _request_keys(root: Array, words: Array) -> Array:
-    """Keys [B] of the ids that hashed to `words` [B, 2]."""
-    return jax.vmap(lambda pair: jax.random.fold_in(jax.random.fold_in(root, pair[0]), pair[1]))(words)
+def _folded(root: Array, words: Array) -> Array:
+    keys = jax.vmap(lambda pair: jax.random.fold_in(jax.random.fold_in(root, pair[0]), pair[1]))(words)
+    data: Array = jax.random.key_data(keys)
+    return data

@@ -10,6 +10,21 @@ def bucket_length(length: int, multiple: int) -> int:
     return max(-(-length // multiple), 1) * multiple
 
 
+def bucket_size(length: int, smallest: int) -> int:
+    """A length for which programs are compiled, at or above `length`: few, and at most a quarter too long from 64 on.
+
+    Doubling from `smallest` on, then multiples of a quarter of the power of two below: 16, 32, 64, 80, 96, 112, 128,
+    160, ...
+    """
+    size = smallest
+    while size < length and size < 4 * smallest:
+        size *= 2
+    if length <= size:
+        return size
+    power = 1 << ((length - 1).bit_length() - 1)
+    return bucket_length(length, max(power // 4, 1))
+
+
 def pad_batch(rows: Sequence[Sequence[int]], batch_size: int, multiple: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows as one array: zeros on the right, and copies of the first row below until the batch is full.
 
@@ -23,7 +38,12 @@ def pad_batch(rows: Sequence[Sequence[int]], batch_size: int, multiple: int) -> 
     """
     full = [*rows, *[rows[0]] * (batch_size - len(rows))]
     lengths = np.array([len(row) for row in full], np.int32)
-    tokens = np.zeros((batch_size, bucket_length(int(lengths.max()), multiple)), np.int32)
-    for place, row in enumerate(full):
+    return pad_rows(full, bucket_length(int(lengths.max()), multiple)), lengths
+
+
+def pad_rows(rows: Sequence[Sequence[int]], width: int) -> np.ndarray:
+    """Rows of tokens as one array [n, width] int32, zeros on the right."""
+    tokens = np.zeros((len(rows), width), np.int32)
+    for place, row in enumerate(rows):
         tokens[place, : len(row)] = row
-    return tokens, lengths
+    return tokens

@@ -1,7 +1,11 @@
-"""Prefill and decoding as one program: prompts in, tokens and their log-probs out."""
+"""The programs of the engine, arrays in and arrays out: prefill prompts, admit them to slots, decode all slots.
 
-import dataclasses
-import functools
+Slots are rows of fixed shape. A slot holds one request at a time; when that has ended, another one takes its place
+while the others run on. Prefill and decoding are programs of their own, so that a compiler can lay out the cache for
+the one that is run most.
+"""
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,131 +20,244 @@ from almost_jax.core.llama import (
     empty_cache,
     hidden_states_cached,
     logits,
-    unstack_layers,
 )
 from almost_jax.core.partitioning import constrain
 from almost_jax.sampling.rules import SamplingRules, draw
 
-__all__ = ["Samples", "SamplingRules", "decode_layout", "sample"]
 
-_unstack_layers = jax.jit(unstack_layers, static_argnames="num_layers")
+@struct.dataclass
+class Slots:
+    """B slots, each with the state of its request.
+
+    cache: keys and values of what each row has seen. last: [B] int32, the token drawn last, which is not in the cache
+    yet. keys: [B, 2] uint32, the data of each request's key. drawn: [B] int32, how many tokens a request has. limits:
+    [B] int32, how many it may have. running: [B] bool, False in a slot that waits for a request.
+    """
+
+    cache: Cache
+    last: Array
+    keys: Array
+    drawn: Array
+    limits: Array
+    running: Array
 
 
 @struct.dataclass
-class Samples:
-    """What was drawn: G = max_new_tokens columns, of which each row owns the first `lengths`.
+class Drawn:
+    """What k steps drew.
 
-    tokens: [B, G] int32, the stop token included, then zeros. logprobs: [B, G] float32, at the sampling temperature
-    (1 when greedy) over the whole vocabulary, then zeros. lengths: [B] int32, with the stop token. stopped: [B] bool,
-    False where max_new_tokens ended the row.
+    tokens: [B, k] int32 and logprobs: [B, k] float32, of which a row owns the first as many as its `drawn` has grown
+    by. drawn: [B] int32 and running: [B] bool, as in `Slots`.
     """
 
     tokens: Array
     logprobs: Array
-    lengths: Array
-    stopped: Array
+    drawn: Array
+    running: Array
 
 
-@struct.dataclass
-class _State:
-    """The loop's carry. step: scalar int32, columns written; last: [B] int32, the tokens not yet in the cache."""
+def empty_slots(config: LlamaConfig, batch: int, size: int) -> Slots:
+    """B slots with room for `size` tokens each, none of them running."""
+    zeros = jnp.zeros((batch,), jnp.int32)
+    return Slots(
+        cache=empty_cache(config, batch, size),
+        last=zeros,
+        keys=jnp.zeros((batch, 2), jnp.uint32),
+        drawn=zeros,
+        limits=zeros,
+        running=jnp.zeros((batch,), bool),
+    )
 
-    step: Array
-    last: Array
-    cache: Cache
-    samples: Samples
 
-
-@functools.partial(jax.jit, static_argnames=("config", "rules"))
-def sample(
-    params: Params,
-    config: LlamaConfig,
-    prompts: Array,
-    lengths: Array,
-    keys: Array,
-    prefix: Prefix | None,
-    rules: SamplingRules,
-) -> Samples:
-    """Continue every prompt until it stops or has max_new_tokens; the program ends when all rows have.
-
-    Token g of a row is drawn with fold_in(row key, g), so it depends on the row's key and prompt alone. Works inside
-    another jit and under `jax.set_mesh`.
+def prefill(
+    params: Params, config: LlamaConfig, tokens: Array, num_tokens: Array, kept: Cache | None, prefix: Prefix | None
+) -> tuple[Array, Cache]:
+    """Read prompts, or what is new in them.
 
     Args:
-        params: the model's tree, in the layout that `config.scan_layers` says (see `decode_layout`).
+        params: the model's tree.
         config: the model's shape.
-        prompts: [B, T] int32, padded on the right.
-        lengths: [B] int32 in 1..T.
-        keys: [B] typed keys.
-        prefix: what all rows saw before their prompt; read in place, never copied per row.
-        rules: how to draw and when to stop.
-    """
-    batch, width = prompts.shape[0], rules.max_new_tokens
-    # The prompt attends to its own slots only; those of the new tokens are added afterwards.
-    cache = empty_cache(config, batch, prompts.shape[1])
-    hidden, cache = hidden_states_cached(params, config, prompts, cache, lengths, prefix=prefix)
-    hidden = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
-    nothing = Samples(
-        tokens=constrain(jnp.zeros((batch, width), jnp.int32), "batch", None),
-        logprobs=constrain(jnp.zeros((batch, width), jnp.float32), "batch", None),
-        lengths=constrain(jnp.zeros((batch,), jnp.int32), "batch"),
-        stopped=constrain(jnp.zeros((batch,), bool), "batch"),
-    )
-    start = _State(jnp.zeros((), jnp.int32), nothing.lengths, _grown(cache, width), nothing)
+        tokens: [R, T] int32, padded on the right.
+        num_tokens: [R] int32 in 1..T.
+        kept: what each row has seen before, with room for T more; None when nothing.
+        prefix: what all rows saw before that.
 
-    def emit(state: _State, hidden: Array, cache: Cache) -> _State:
+    Returns:
+        Logits [R, V] float32 behind each row's last token, and the cache of the rows.
+    """
+    cache = empty_cache(config, *tokens.shape) if kept is None else kept
+    hidden, cache = hidden_states_cached(params, config, tokens, cache, num_tokens, prefix=prefix)
+    last = jnp.take_along_axis(hidden, (num_tokens - 1)[:, None, None], axis=1)
+    return constrain(logits(params, config, last)[:, 0], "batch", None), cache
+
+
+def admit(
+    slots: Slots,
+    read: tuple[Array, Cache],
+    rows: Array,
+    places: Array,
+    keys: Array,
+    limits: Array,
+    rules: SamplingRules,
+) -> tuple[Slots, Array, Array, Array]:
+    """Put prefilled prompts into slots and draw each request's first token; many may fork from one prompt.
+
+    Args:
+        slots: are donated.
+        read: what `prefill` returned.
+        rows: [A] int32, which row of it each request has.
+        places: [A] int32, the slot of each; B where there is no request, which goes nowhere.
+        keys: [A, 2] uint32, data of the requests' keys.
+        limits: [A] int32, at least 1.
+        rules: how to draw, and the stop tokens.
+
+    Returns:
+        The slots; the first tokens [A] int32, their log-probs [A] float32, and whether each request runs on [A] bool.
+    """
+    scores, cache = read
+    tokens, logprobs = draw(scores[rows], _step_keys(keys, jnp.zeros(rows.shape, jnp.int32)), rules)
+    running = ~_ends(tokens, rules) & (limits > 1)
+
+    def copy(own: Array, new: Array) -> Array:
+        # [.., B, ...] and [.., R, ...], which may differ in room: what doesn't fit is padding. Scanned layers have L in
+        # front.
+        high, wide = (min(own.shape[axis], new.shape[axis]) for axis in (-2, -1))
+        if own.ndim == 5:
+            return own.at[:, places, :, :high, :wide].set(new[:, rows, :, :high, :wide], mode="drop")
+        return own.at[places, :, :high, :wide].set(new[rows, :, :high, :wide], mode="drop")
+
+    def put(own: Array, new: Array) -> Array:
+        return own.at[places].set(new, mode="drop")
+
+    own = slots.cache
+    filled = Cache(
+        jax.tree.map(copy, own.keys, cache.keys),
+        jax.tree.map(copy, own.values, cache.values),
+        put(own.lengths, cache.lengths[rows]),
+    )
+    state = Slots(
+        cache=filled,
+        last=put(slots.last, tokens),
+        keys=put(slots.keys, keys),
+        drawn=put(slots.drawn, jnp.ones(rows.shape, jnp.int32)),
+        limits=put(slots.limits, limits),
+        running=put(slots.running, running),
+    )
+    return state, tokens, logprobs, running
+
+
+def decode(
+    params: Params, config: LlamaConfig, slots: Slots, prefix: Prefix | None, steps: int, rules: SamplingRules
+) -> tuple[Slots, Drawn]:
+    """Up to `steps` tokens for every running slot; fewer when all of them end before.
+
+    Token g of a request is drawn with fold_in(its key, g), so that neither its slot nor its neighbours matter.
+
+    Args:
+        params: the model's tree.
+        config: the model's shape.
+        slots: are donated; every running one has room in the cache for what it may still draw.
+        prefix: what all rows saw before their prompts; read in place, never copied per row.
+        steps: k.
+        rules: how to draw, and the stop tokens.
+    """
+    batch = slots.last.shape[0]
+    columns = (
+        constrain(jnp.zeros((batch, steps), jnp.int32), "batch", None),
+        constrain(jnp.zeros((batch, steps), jnp.float32), "batch", None),
+    )
+
+    def unfinished(carry: Any) -> Array:
+        step, slots, _ = carry
+        return (step < steps) & slots.running.any()
+
+    def advance(carry: Any) -> Any:
+        step, slots, (all_tokens, all_logprobs) = carry
+        running = slots.running
+        one = running.astype(jnp.int32)
+        hidden, cache = hidden_states_cached(params, config, slots.last[:, None], slots.cache, one, prefix=prefix)
         # Whole rows on every device: drawing then needs no communication and doesn't depend on the mesh.
-        last_logits = constrain(logits(params, config, hidden)[:, 0], "batch", None)
-        step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, state.step)
-        tokens, logprobs = draw(last_logits, step_keys, rules)
-        return _State(state.step + 1, tokens, cache, _recorded(state.samples, state.step, tokens, logprobs, rules))
+        scores = constrain(logits(params, config, hidden)[:, 0], "batch", None)
+        tokens, logprobs = draw(scores, _step_keys(slots.keys, slots.drawn), rules)
+        drawn = slots.drawn + one
+        state = Slots(
+            cache=cache,
+            last=jnp.where(running, tokens, slots.last),
+            keys=slots.keys,
+            drawn=drawn,
+            limits=slots.limits,
+            running=running & ~_ends(tokens, rules) & (drawn < slots.limits),
+        )
 
-    def unfinished(state: _State) -> Array:
-        return (state.step < width) & ~state.samples.stopped.all()
+        def write(columns: Array, column: Array) -> Array:
+            column = jnp.where(running, column, jnp.zeros((), column.dtype))
+            return jax.lax.dynamic_update_slice_in_dim(columns, column[:, None], step, axis=1)
 
-    def advance(state: _State) -> _State:
-        running = (~state.samples.stopped).astype(jnp.int32)
-        hidden, cache = hidden_states_cached(params, config, state.last[:, None], state.cache, running, prefix=prefix)
-        return emit(state, hidden, cache)
+        return step + 1, state, (write(all_tokens, tokens), write(all_logprobs, logprobs))
 
-    return jax.lax.while_loop(unfinished, advance, emit(start, hidden, start.cache)).samples
-
-
-def decode_layout(params: Params, config: LlamaConfig, platform: str) -> tuple[Params, LlamaConfig]:
-    """The tree and config to decode with on a platform: layers unrolled on "cpu", as they are elsewhere.
-
-    A scan over layers copies the cache in and out at every layer, which costs a CPU more than the larger program does.
-    Works inside jit; a prefix must be computed with what this returns.
-    """
-    if platform != "cpu" or not config.scan_layers:
-        return params, config
-    return _unstack_layers(params, config.num_layers), dataclasses.replace(config, scan_layers=False)
+    _, slots, (tokens, logprobs) = jax.lax.while_loop(unfinished, advance, (jnp.zeros((), jnp.int32), slots, columns))
+    return slots, Drawn(tokens, logprobs, slots.drawn, slots.running)
 
 
-def _recorded(samples: Samples, step: Array, tokens: Array, logprobs: Array, rules: SamplingRules) -> Samples:
-    """Write one column; rows that had stopped keep their zeros, length and stop."""
-    running = ~samples.stopped
-    stops = jnp.asarray(rules.stop_tokens, jnp.int32)
-    ended = (tokens[:, None] == stops[None, :]).any(axis=1)
-
-    def write(columns: Array, column: Array) -> Array:
-        column = jnp.where(running, column, jnp.zeros((), column.dtype))
-        return jax.lax.dynamic_update_slice_in_dim(columns, column[:, None], step, axis=1)
-
-    return Samples(
-        tokens=write(samples.tokens, tokens),
-        logprobs=write(samples.logprobs, logprobs),
-        lengths=samples.lengths + running.astype(jnp.int32),
-        stopped=samples.stopped | ended,
-    )
+def halt(slots: Slots, places: Array) -> Slots:
+    """Stop the slots at `places` [A] int32 (B is none): their requests met a stop string."""
+    return slots.replace(running=slots.running.at[places].set(False, mode="drop"))  # type: ignore[attr-defined]
 
 
-def _grown(cache: Cache, slots: int) -> Cache:
-    """The cache with room for so many more tokens a row."""
+def grow(slots: Slots, size: int) -> Slots:
+    """The slots with room for `size` tokens each, no fewer than before."""
+    own = slots.cache
 
-    def grow(leaf: Array) -> Array:
+    def wider(leaf: Array, axis: int) -> Array:
         widths = [(0, 0)] * leaf.ndim
-        widths[-3] = (0, slots)
+        widths[axis] = (0, size - leaf.shape[axis])
         return jnp.pad(leaf, widths)
 
-    return Cache(jax.tree.map(grow, cache.keys), jax.tree.map(grow, cache.values), cache.lengths)
+    keys = jax.tree.map(lambda leaf: wider(leaf, -1), own.keys)
+    values = jax.tree.map(lambda leaf: wider(leaf, -2), own.values)
+    cache = Cache(keys, values, own.lengths)
+    return slots.replace(cache=cache)  # type: ignore[attr-defined]
+
+
+def take(cache: Cache, places: Array) -> Cache:
+    """A copy of some rows of a cache: places [A] int32."""
+
+    def rows(leaf: Array) -> Array:
+        return leaf[:, places] if leaf.ndim == 5 else leaf[places]
+
+    return Cache(jax.tree.map(rows, cache.keys), jax.tree.map(rows, cache.values), cache.lengths[places])
+
+
+def restore(cache: Cache, kept: Cache, rows: Array, places: Array, lengths: Array) -> Cache:
+    """Copy kept rows to the beginning of a cache's rows, for prompts that go on from them.
+
+    Args:
+        cache: [R, ...], is donated.
+        kept: [A, ...], from `take`.
+        rows: [R'] int32, rows of `kept`.
+        places: [R'] int32, where each goes; R is nowhere.
+        lengths: [R'] int32, how many of each row's tokens count.
+    """
+
+    def copy(own: Array, old: Array) -> Array:
+        high, wide = (min(own.shape[axis], old.shape[axis]) for axis in (-2, -1))
+        if own.ndim == 5:
+            return own.at[:, places, :, :high, :wide].set(old[:, rows, :, :high, :wide], mode="drop")
+        return own.at[places, :, :high, :wide].set(old[rows, :, :high, :wide], mode="drop")
+
+    return Cache(
+        jax.tree.map(copy, cache.keys, kept.keys),
+        jax.tree.map(copy, cache.values, kept.values),
+        cache.lengths.at[places].set(lengths, mode="drop"),
+    )
+
+
+def _ends(tokens: Array, rules: SamplingRules) -> Array:
+    stops = jnp.asarray(rules.stop_tokens, jnp.int32)
+    ended: Array = (tokens[:, None] == stops[None, :]).any(axis=1)
+    return ended
+
+
+def _step_keys(keys: Array, step: Array) -> Array:
+    """The typed keys [A] of each request's token `step` [A], from the data [A, 2] of the requests' keys."""
+    return jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(keys), step)

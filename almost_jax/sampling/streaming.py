@@ -18,11 +18,11 @@ def stream(
 ) -> Iterator[int]:
     """Continue a prompt; each token is given as soon as it is drawn, the stop token too, which is the last.
 
-    Token g is drawn with fold_in(key, g), as `sampler.sample` does for a row. The caller may leave off at any token.
+    Token g is drawn with fold_in(key, g), as the engine does for a request. The caller may leave off at any token.
     Under a mesh, iterate inside `jax.set_mesh`.
 
     Args:
-        params: the model's tree, in the layout that `config.scan_layers` says (see `sampler.decode_layout`).
+        params: the model's tree, in the layout that `config.scan_layers` says (see `layout.decode_layout`).
         config: the model's shape.
         prompt: at least one token id.
         rules: how to draw and when to stop.

@@ -7,21 +7,27 @@ from typing import Literal
 from almost_jax.config import SamplingConfig
 from almost_jax.io.models import Model
 from almost_jax.io.tokenizer import Tokenizer
-from almost_jax.sampling.engine import Completion, Request, generate
-from almost_jax.sampling.sampler import SamplingRules
+from almost_jax.sampling.engine import Completion, Engine, Request, Settings, in_order
+from almost_jax.sampling.rules import SamplingRules
+from almost_jax.sampling.stops import StopStrings
 from almost_jax.stages.dialogues import prompt_tokens
 from almost_jax.stages.templates import LABELS, SEPARATOR, Role, Turn, own_words, query_prompt, whole_sentences
 
-# Prompts are padded to a multiple of this many tokens, so that few shapes are compiled.
+# Texts that are scored are padded to a multiple of this many tokens, so that few shapes are compiled.
 PROMPT_MULTIPLE = 16
 
 
 @dataclasses.dataclass(frozen=True)
 class DialogueRequest:
-    """A dialogue that waits for its next turn; its id decides the randomness, so it must be unique in a call."""
+    """A dialogue that waits for its next turn; its id decides the randomness, so it must be unique in a call.
+
+    `keep` and `parent` are `Request`'s: a dialogue that is to go on keeps what was read of it.
+    """
 
     id: str
     turns: Sequence[Turn]
+    keep: bool = False
+    parent: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +40,66 @@ class Reply:
     finish: Literal["stop", "length"]
 
 
+class Responder:
+    """A model that gives the next turn of dialogues; what it shares between them is computed once.
+
+    A vanilla model (one with demonstrations) ends its turn by going on with the next speaker's label, by the line that
+    parts dialogues if its prompt has such lines, or by the end of text; a fine-tuned one (without) by the end of text
+    alone, and nothing that it writes is cut off.
+    """
+
+    def __init__(
+        self, model: Model, demonstrations_text: str, *, next_role: Role, sampling: SamplingConfig, seed: int
+    ):
+        """For a policy.
+
+        Args:
+            model: a policy.
+            demonstrations_text: the few-shot prompt, "" for a fine-tuned model.
+            next_role: who speaks next.
+            sampling: how tokens are drawn.
+            seed: with a request's id it decides the request's tokens, whatever else is generated.
+        """
+        tokenizer = self._tokenizer = model.tokenizer
+        self._vanilla, self._role = bool(demonstrations_text), next_role
+        if not self._vanilla and next_role != "assistant":
+            raise ValueError("a fine-tuned model knows only the assistant's turns; give demonstrations for the human's")
+        self._stops = stop_strings(demonstrations_text) if self._vanilla else ()
+        self._trim = self._vanilla and sampling.trim_unfinished
+        self._engine = Engine(
+            model.params,
+            model.config,
+            sampling_rules(sampling, stop_tokens(tokenizer, self._stops)),
+            engine_settings(sampling),
+            seed=seed,
+            prefix_tokens=_bos(tokenizer) + tokenizer.encode(demonstrations_text) if self._vanilla else [],
+            stops=spanning_stops(tokenizer, self._stops),
+        )
+
+    def respond(self, requests: Sequence[DialogueRequest]) -> Iterator[Reply]:
+        """Sample the next turn of every dialogue, whose last turn must not be the responder's own.
+
+        Returns:
+            The replies in the order of the requests, as they finish.
+
+        Raises:
+            InputError: a prompt and its longest response do not fit into the model's positions.
+        """
+        asked = [Request(one.id, self._prompt(one.turns), keep=one.keep, parent=one.parent) for one in requests]
+        done = in_order(asked, self._engine.run(asked))
+        return (reply(self._tokenizer, one, self._stops, self._trim) for one in done)
+
+    def forget(self) -> None:
+        """Free what was kept of dialogues."""
+        self._engine.forget()
+
+    def _prompt(self, turns: Sequence[Turn]) -> tuple[int, ...]:
+        if self._vanilla:
+            return tuple(self._tokenizer.encode(query_prompt(turns, self._role)))
+        # As in fine-tuning: the end of text stands behind every earlier turn of the assistant.
+        return tuple(prompt_tokens(self._tokenizer, turns))
+
+
 def respond(
     model: Model,
     demonstrations_text: str,
@@ -43,50 +109,9 @@ def respond(
     sampling: SamplingConfig,
     seed: int,
 ) -> Iterator[Reply]:
-    """Sample the next turn of every dialogue.
-
-    A vanilla model (one with demonstrations) ends its turn by going on with the next speaker's label, by the line that
-    parts dialogues if its prompt has such lines, or by the end of text; a fine-tuned one (without) by the end of text
-    alone, and nothing that it writes is cut off.
-
-    Args:
-        model: a policy.
-        demonstrations_text: the few-shot prompt, "" for a fine-tuned model.
-        requests: the dialogues, whose last turn must not be `next_role`'s.
-        next_role: who speaks next.
-        sampling: how tokens are drawn.
-        seed: with a request's id it decides the request's tokens, whatever else is generated.
-
-    Returns:
-        The replies in the order of the requests, as batches finish.
-
-    Raises:
-        InputError: a prompt and its longest response do not fit into the model's positions.
-    """
-    tokenizer = model.tokenizer
-    vanilla = bool(demonstrations_text)
-    if vanilla:
-        prefix = _bos(tokenizer) + tokenizer.encode(demonstrations_text)
-        prompts = [tokenizer.encode(query_prompt(request.turns, next_role)) for request in requests]
-    elif next_role == "assistant":
-        # As in fine-tuning: the end of text stands behind every earlier turn of the assistant.
-        prefix, prompts = [], [prompt_tokens(tokenizer, request.turns) for request in requests]
-    else:
-        raise ValueError("a fine-tuned model knows the assistant's turns alone; give demonstrations for the human's")
-    stops = stop_strings(demonstrations_text) if vanilla else ()
-    rules = sampling_rules(sampling, stop_tokens(tokenizer, stops))
-    completions = generate(
-        model.params,
-        model.config,
-        [Request(request.id, tuple(prompt)) for request, prompt in zip(requests, prompts, strict=True)],
-        rules,
-        seed=seed,
-        prefix_tokens=prefix,
-        batch_size=sampling.batch_size,
-        prompt_multiple=PROMPT_MULTIPLE,
-    )
-    for completion in completions:
-        yield reply(tokenizer, completion, stops, vanilla and sampling.trim_unfinished)
+    """Sample the next turn of every dialogue once: a `Responder` for these requests alone."""
+    responder = Responder(model, demonstrations_text, next_role=next_role, sampling=sampling, seed=seed)
+    return responder.respond(requests)
 
 
 def sampling_rules(sampling: SamplingConfig, stop_tokens: tuple[int, ...]) -> SamplingRules:
@@ -100,6 +125,16 @@ def sampling_rules(sampling: SamplingConfig, stop_tokens: tuple[int, ...]) -> Sa
     )
 
 
+def engine_settings(sampling: SamplingConfig) -> Settings:
+    """How the engine runs, by a config."""
+    return Settings(
+        slots=sampling.batch_size,
+        steps_per_wake=sampling.steps_per_wake,
+        refill=sampling.refill,
+        prefill_tokens=sampling.prefill_tokens,
+    )
+
+
 def stop_strings(demonstrations_text: str) -> tuple[str, ...]:
     """What ends a vanilla model's turn: a speaker's label, or the line that parts dialogues where the prompt has it."""
     labels = tuple(f"\n{label}" for label in LABELS.values())
@@ -110,6 +145,17 @@ def stop_tokens(tokenizer: Tokenizer, stops: Sequence[str]) -> tuple[int, ...]:
     """The end of text, and every stop string that is one token (without its line break)."""
     single = [tokenizer.single_token(stop.strip()) for stop in stops]
     return tuple(sorted({tokenizer.eos_id, *(token for token in single if token is not None)}))
+
+
+def spanning_stops(tokenizer: Tokenizer, stops: Sequence[str]) -> StopStrings | None:
+    """The stop strings that take several tokens, as the engine looks for them; None when there is none.
+
+    The text's beginning counts as the beginning of a line, as in `cut`.
+    """
+    spanning = tuple(stop for stop in stops if tokenizer.single_token(stop.strip()) is None)
+    if not spanning:
+        return None
+    return StopStrings(spanning, lambda tokens: "\n" + tokenizer.decode(list(tokens)))
 
 
 def cut(text: str, stops: Sequence[str]) -> tuple[str, bool]:
@@ -139,7 +185,7 @@ def reply(tokenizer: Tokenizer, completion: Completion, stops: Sequence[str], tr
     tokens = list(completion.content)
     whole, found = cut(tokenizer.decode(tokens), stops)
     text = own_words(whole) if stops else whole
-    stopped = completion.stopped or found or text != whole
+    stopped = completion.finish != "length" or found or text != whole
     if trim and not stopped:
         text = whole_sentences(text)
     if found or text != whole:

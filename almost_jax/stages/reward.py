@@ -28,7 +28,7 @@ from almost_jax.io.models import Model, load_model, save_model
 from almost_jax.io.records import iter_records, read_records, write_bytes
 from almost_jax.io.run import Run
 from almost_jax.io.tokenizer import Tokenizer
-from almost_jax.sampling.sampler import decode_layout
+from almost_jax.sampling.layout import decode_layout
 from almost_jax.sampling.scoring import score_sequences
 from almost_jax.stages.dialogues import dialogue_tokens, text_tokens
 from almost_jax.stages.execution import placed_for_training, training_shape, training_spread

@@ -17,19 +17,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct
-from jax import Array
 
 from almost_jax.config import PpoConfig
 from almost_jax.core.heads import add_head
 from almost_jax.core.losses import length_mask
-from almost_jax.core.partitioning import batch_sharding, platform, replicated
+from almost_jax.core.partitioning import batch_sharding, replicated
 from almost_jax.io.batches import batch_indices, epoch_order
 from almost_jax.io.checkpoints import Checkpoints
 from almost_jax.io.models import Model, save_model
 from almost_jax.io.preemption import saves_first
 from almost_jax.io.records import Record, read_records, write_records
 from almost_jax.io.run import Run
-from almost_jax.sampling.sampler import Samples, decode_layout, sample
+from almost_jax.sampling.engine import Request, generate
+from almost_jax.sampling.rows import Samples, stacked
 from almost_jax.stages.actors import (
     Actors,
     Prompts,
@@ -41,6 +41,7 @@ from almost_jax.stages.actors import (
 )
 from almost_jax.stages.execution import placed_for_training, training_spread
 from almost_jax.stages.guards import Guard, acts, fetched, rollout_problems, update_problems
+from almost_jax.stages.prompting import engine_settings
 from almost_jax.stages.rollout_tables import records_until, rollout_records, sample_records
 from almost_jax.stages.rollouts import Experience, Rollouts, experience, judge
 from almost_jax.stages.training import (
@@ -157,10 +158,23 @@ def run_stage(run: Run) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def draw(run: Run, state: PpoState, actors: Actors, prompts: Array, lengths: Array, keys: Array) -> Samples:
-    """Responses of the policy: prompts [B, P] int32, lengths [B] int32, typed keys [B]."""
-    params, config = decode_layout(state.policy.params, actors.players.policy, platform())
-    return sample(params, config, prompts, lengths, keys, None, actors.rules)
+def draw(run: Run, state: PpoState, actors: Actors, prompts: Prompts, rows: np.ndarray, step: int) -> Samples:
+    """Responses of the policy as it is to the prompts at `rows` [B], as global arrays; the step decides their keys."""
+    requests = [
+        Request(f"{step}/{place}", tuple(prompts.tokens[row, : prompts.lengths[row]].tolist()))
+        for place, row in enumerate(rows)
+    ]
+    completions = generate(
+        state.policy.params,
+        actors.players.policy,
+        requests,
+        actors.rules,
+        engine_settings(run.config.ppo.sampling),
+        seed=run.seed("rlsf/samples"),
+        prefix_tokens=(),
+    )
+    samples = stacked(list(completions), actors.rules.max_new_tokens)
+    return Samples(**place_batch(dataclasses.asdict(samples), run.mesh))
 
 
 def collect(run: Run, state: PpoState, actors: Actors, prompts: Prompts, step: int) -> Gathered:
@@ -175,9 +189,7 @@ def collect(run: Run, state: PpoState, actors: Actors, prompts: Prompts, step: i
     """
     ppo, rows = run.config.ppo, prompt_rows(run, prompts, step)
     batch = place_batch({"tokens": prompts.tokens[rows], "lengths": prompts.lengths[rows]}, run.mesh)
-    key = jax.random.fold_in(jax.random.key(run.seed("rlsf/samples")), step)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(rows)))
-    samples = draw(run, state, actors, batch["tokens"], batch["lengths"], keys)
+    samples = draw(run, state, actors, prompts, rows, step)
     judged = judge(
         state.policy.params,
         actors.sft.params or None,

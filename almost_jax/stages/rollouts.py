@@ -28,7 +28,8 @@ from almost_jax.core.rl import (
     shaped_rewards,
 )
 from almost_jax.core.vocabulary import hidden_figures
-from almost_jax.sampling.sampler import Samples, decode_layout
+from almost_jax.sampling.layout import decode_layout
+from almost_jax.sampling.rows import Samples
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,7 +26,7 @@ from almost_jax.stages.instructions import (
     parse_list,
     reject,
 )
-from almost_jax.stages.prompting import PROMPT_MULTIPLE, sampling_rules, stop_tokens
+from almost_jax.stages.prompting import engine_settings, sampling_rules, stop_tokens
 from almost_jax.stages.similarity import SimilarityPool
 
 HEADER = (
@@ -173,10 +173,9 @@ def _complete(
         model.config,
         requests,
         sampling_rules(config.sampling, stop_tokens(tokenizer, ())),
+        engine_settings(config.sampling),
         seed=seed,
         prefix_tokens=prefix,
-        batch_size=config.sampling.batch_size,
-        prompt_multiple=PROMPT_MULTIPLE,
     )
     return [
         parse_list(tokenizer.decode(list(completion.content)), first, completion.stopped)

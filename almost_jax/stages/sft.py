@@ -21,7 +21,7 @@ from almost_jax.io.batches import batch_indices, pad
 from almost_jax.io.models import save_model
 from almost_jax.io.records import read_records
 from almost_jax.io.run import Run
-from almost_jax.sampling.sampler import decode_layout
+from almost_jax.sampling.layout import decode_layout
 from almost_jax.stages.demonstrations import demonstration_turns, is_answered
 from almost_jax.stages.dialogues import training_tokens
 from almost_jax.stages.execution import placed_for_training, training_shape, training_spread

@@ -28,7 +28,7 @@ from almost_jax.core.train import (
     make_optimizer,
     unless,
 )
-from almost_jax.sampling.sampler import decode_layout
+from almost_jax.sampling.layout import decode_layout
 from almost_jax.stages.rollouts import Experience, Players, response_logprobs, response_values
 
 Update: TypeAlias = Callable[["PpoState", Experience, Array | np.ndarray], tuple["PpoState", dict[str, Array]]]

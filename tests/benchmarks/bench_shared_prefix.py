@@ -14,7 +14,7 @@ from almost_jax.config import MeshConfig
 from almost_jax.core.partitioning import make_mesh
 from almost_jax.io.models import load_model
 from almost_jax.microworld.world import generate_queries
-from almost_jax.sampling.engine import Request, generate
+from almost_jax.sampling.engine import Request, Settings, generate
 from almost_jax.sampling.rules import SamplingRules
 from almost_jax.stages.templates import few_shot_prefix, load_demonstrations, query_prompt
 
@@ -36,8 +36,8 @@ def main() -> None:
         count = sum(
             len(done.tokens)
             for done in generate(
-                model.params, model.config, requests, rules,
-                seed=0, prefix_tokens=shared, batch_size=QUERIES, prompt_multiple=16,
+                model.params, model.config, requests, rules, Settings(QUERIES, NEW_TOKENS, True, 4096),
+                seed=0, prefix_tokens=shared,
             )
         )  # fmt: skip
         assert count == QUERIES * NEW_TOKENS

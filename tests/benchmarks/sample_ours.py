@@ -7,29 +7,34 @@ import numpy as np
 from harness import serve, warmed
 from workloads import Workload, prompts, sampling_workloads
 
-from almost_jax.config import MeshConfig
+from almost_jax.config import MeshConfig, SamplingConfig
 from almost_jax.core.partitioning import make_mesh
 from almost_jax.io.models import Model, load_model
-from almost_jax.sampling.engine import Request, generate
+from almost_jax.sampling.engine import Request, Settings, generate
 from almost_jax.sampling.rules import SamplingRules
+
+# As in an experiment that sets neither.
+_DEFAULTS = SamplingConfig()
+STEPS_PER_WAKE, PREFILL_TOKENS = _DEFAULTS.steps_per_wake, _DEFAULTS.prefill_tokens
 
 
 def run(model: Model, workload: Workload, text: np.ndarray, repeats: int) -> dict[str, Any]:
     """One workload; every sample is a request of its own."""
-    assert len(set(workload.limits)) == 1, "a batch is as long as its longest row"
     shared, own = prompts(workload, text)
+    limits = np.broadcast_to(np.array(workload.limits), len(own)).tolist()
     requests = [
-        Request(f"{index}/{sample}", tuple(row))
+        Request(f"{index}/{sample}", tuple(row), limits[index])
         for index, row in enumerate(own.tolist())
         for sample in range(workload.samples)
     ]
     rules = SamplingRules(workload.temperature, 1.0, 0, max(workload.limits), ())
 
+    settings = Settings(workload.slots, STEPS_PER_WAKE, True, PREFILL_TOKENS)
+
     def call() -> list[tuple[int, ...]]:
         found = generate(
-            model.params, model.config, requests, rules,
-            seed=0, prefix_tokens=shared.tolist(), batch_size=workload.slots, prompt_multiple=16,
-        )  # fmt: skip
+            model.params, model.config, requests, rules, settings, seed=0, prefix_tokens=shared.tolist()
+        )
         return [done.tokens for done in found]
 
     done, found = warmed(call, repeats)

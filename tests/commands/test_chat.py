@@ -5,9 +5,6 @@ import io
 import unicodedata
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
@@ -19,8 +16,9 @@ from almost_jax.commands.terminal import harmless, spoken
 from almost_jax.errors import InputError
 from almost_jax.io.models import save_model
 from almost_jax.io.tokenizer import Tokenizer
+from almost_jax.sampling.engine import Request, Settings, generate, request_key
+from almost_jax.sampling.layout import decode_layout
 from almost_jax.sampling.rules import SamplingRules
-from almost_jax.sampling.sampler import decode_layout, sample
 from almost_jax.sampling.streaming import stream
 
 _spec = importlib.util.spec_from_file_location("models_commands", Path(__file__).with_name("test_models_commands.py"))
@@ -80,13 +78,12 @@ def test_text_comes_in_whole_letters_and_ends_before_a_stop():
 @pytest.mark.parametrize("temperature", [0.0, 1.1])
 def test_06_a_stream_is_what_the_batch_sampler_draws(temperature: float):
     model = make_model()
-    prompt, key = [3, 9, 4, 11, 7], jax.random.key(5)
+    prompt, key = [3, 9, 4, 11, 7], request_key(5, "one")
     for stops in ((), (5, 6, 7, 8, 9, 10)):
         rules = SamplingRules(temperature, 0.95, 0, 9, stops)
-        tokens = jnp.asarray([prompt + [0] * 11], jnp.int32)
-        lengths = jnp.asarray([len(prompt)], jnp.int32)
-        together = sample(model.params, model.config, tokens, lengths, key[None], None, rules)
-        expected = np.asarray(together.tokens)[0, : int(together.lengths[0])].tolist()
+        request, settings = Request("one", tuple(prompt)), Settings(2, 4, True, 64)
+        [drawn] = generate(model.params, model.config, [request], rules, settings, seed=5, prefix_tokens=())
+        expected = list(drawn.tokens)
         for params, config in ((model.params, model.config), decode_layout(model.params, model.config, "cpu")):
             assert list(stream(params, config, prompt, rules, key, multiple=16)) == expected
     with pytest.raises(ValueError, match="need 1 to 2048 positions"):

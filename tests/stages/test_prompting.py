@@ -150,10 +150,10 @@ def test_the_stop_token_counts_for_nothing():
     tokenizer = make_tokenizer(PIECES)
     ok = tokenizer.single_token(" ok")
     assert ok is not None
-    stopped = Completion("one", (ok, ok, tokenizer.eos_id), (0.0, 0.0, 0.0), stopped=True)
+    stopped = Completion("one", (ok, ok, tokenizer.eos_id), (0.0, 0.0, 0.0), "stop_token")
     assert reply(tokenizer, stopped, (), False) == Reply("one", "ok ok", tokens=2, finish="stop")
     # The last token of a completion that did not stop is text, also if it is the one of id eos.
-    alone = Completion("one", (tokenizer.eos_id,), (0.0,), stopped=True)
+    alone = Completion("one", (tokenizer.eos_id,), (0.0,), "stop_token")
     assert reply(tokenizer, alone, (), False) == Reply("one", "", tokens=0, finish="stop")
 
 
@@ -173,7 +173,7 @@ def test_the_stop_token_counts_for_nothing():
 def test_nobody_elses_words_stay_in_a_turn(text: str, own: str):
     assert own_words(text) == own
     tokenizer = make_tokenizer(sorted({*text, "q"}))
-    completion = Completion("one", tuple(tokenizer.encode(text)), (0.0,) * len(text), stopped=False)
+    completion = Completion("one", tuple(tokenizer.encode(text)), (0.0,) * len(text), "length")
     # Labels cut a vanilla model's turn alone, and count as its end.
     expected = Reply("one", own, len(own), "stop" if own != text else "length")
     assert reply(tokenizer, completion, stop_strings(DEMONSTRATIONS), False) == expected
@@ -197,12 +197,12 @@ def test_nobody_elses_words_stay_in_a_turn(text: str, own: str):
 def test_a_half_sentence_at_the_end_goes_by_rule(text: str, whole: str):
     assert whole_sentences(text) == whole
     tokenizer = make_tokenizer(sorted({*text, "q"}))
-    completion = Completion("one", tuple(tokenizer.encode(text)), (0.0,) * len(text), stopped=False)
+    completion = Completion("one", tuple(tokenizer.encode(text)), (0.0,) * len(text), "length")
     stops = stop_strings(DEMONSTRATIONS)
     assert reply(tokenizer, completion, stops, True) == Reply("one", whole, len(whole), "length")
     assert reply(tokenizer, completion, stops, False).text == text
     # What ended by itself is not cut, however it ends.
-    ended = dataclasses.replace(completion, tokens=(*completion.tokens, tokenizer.eos_id), stopped=True)
+    ended = dataclasses.replace(completion, tokens=(*completion.tokens, tokenizer.eos_id), finish="stop_token")
     assert reply(tokenizer, ended, stops, True) == Reply("one", text, len(text), "stop")
 
 

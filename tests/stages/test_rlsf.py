@@ -23,8 +23,9 @@ from almost_jax.io.checkpoints import Checkpoints
 from almost_jax.io.models import load_model, save_model
 from almost_jax.io.records import read_records
 from almost_jax.io.run import Run
+from almost_jax.sampling.engine import Request, Settings, generate
+from almost_jax.sampling.rows import Samples, stacked
 from almost_jax.sampling.rules import SamplingRules
-from almost_jax.sampling.sampler import Samples, sample
 from almost_jax.stages import reward, rlsf, rollouts, updates
 from almost_jax.stages.rollouts import Players
 
@@ -70,7 +71,11 @@ def real_rollouts(temperature: float, parts: int = 2) -> tuple[dict[str, Any], S
     lengths = jnp.array([3, 11, 1, 7, 5, 2, 9, 4], jnp.int32)
     prompts = jnp.where(length_mask(lengths, 11), prompts, 0)
     rules = SamplingRules(temperature=temperature, top_p=1.0, top_k=0, max_new_tokens=13, stop_tokens=(EOS, HUMAN))
-    samples = sample(policy, CONFIG, prompts, lengths, jax.random.split(jax.random.key(3), 8), None, rules)
+    requests = [
+        Request(str(row), tuple(prompts[row, : int(length)].tolist())) for row, length in enumerate(lengths)
+    ]
+    drawn = generate(policy, CONFIG, requests, rules, Settings(8, 4, True, 256), seed=3, prefix_tokens=())
+    samples = jax.tree.map(jnp.asarray, stacked(list(drawn), 13))
     players = dataclasses.replace(PLAYERS, temperature=temperature)
     judged = rollouts.judge(policy, policy, scored(5), scored(7), prompts, lengths, samples, players, parts)
     return policy, samples, judged, players

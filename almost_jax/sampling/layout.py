@@ -1,0 +1,50 @@
+"""How a model's parameters lie while it samples: unrolled layers, and on a CPU the outputs of every matrix first."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from almost_jax.core.llama import LlamaConfig, Params, unstack_layers
+
+_unstack_layers = jax.jit(unstack_layers, static_argnames="num_layers")
+
+
+def decode_layout(params: Params, config: LlamaConfig, platform: str) -> tuple[Params, LlamaConfig]:
+    """The tree and config to decode with on a platform: layers unrolled on "cpu", as they are elsewhere.
+
+    A scan over layers copies the cache in and out at every layer, which costs a CPU more than the larger program does.
+    Works inside jit; a prefix must be computed with what this returns.
+    """
+    if platform != "cpu" or not config.scan_layers:
+        return params, config
+    return _unstack_layers(params, config.num_layers), dataclasses.replace(config, scan_layers=False)
+
+
+def sampling_layout(params: Params, config: LlamaConfig, platform: str) -> tuple[Params, LlamaConfig]:
+    """The tree and config that the engine samples with: `decode_layout`, and on "cpu" kernels with outputs first.
+
+    A CPU multiplies few rows by a matrix at up to twice the speed when the contracted dimension lies together and is
+    long (LOG.md has figures); a copy of the kernels is what it costs. Other devices choose layouts by themselves.
+    """
+    params, config = decode_layout(params, config, platform)
+    if platform != "cpu" or config.out_in:
+        return params, config
+    return _turned(params, config), dataclasses.replace(config, out_in=True)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _turned(params: Params, config: LlamaConfig) -> Params:
+    """Every kernel of the model with its output dimensions first; a scalar head stays as it is."""
+
+    def turn(path: Any, leaf: jax.Array) -> jax.Array:
+        names = [entry.key for entry in path]
+        if names[-1] != "kernel" or len(names) < 2 or names[-2] == "score":
+            return leaf
+        # The output projection of attention contracts its two dimensions of heads, every other kernel its first one.
+        contracted = 2 if names[-2] == "output" else 1
+        return jnp.moveaxis(leaf, tuple(range(contracted)), tuple(range(-contracted, 0)))
+
+    return jax.tree_util.tree_map_with_path(turn, params)

@@ -1,0 +1,35 @@
+"""Stop strings, wherever tokens begin and end: where a completion is over, to the token."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+
+@dataclasses.dataclass(frozen=True)
+class StopStrings:
+    """What ends a completion when its text holds it.
+
+    `decode` turns a completion's tokens into the text in which the strings are looked for. A string counts as soon as
+    it stands in the text of the tokens so far, however they split it.
+    """
+
+    strings: tuple[str, ...]
+    decode: Callable[[Sequence[int]], str]
+
+    def __post_init__(self) -> None:
+        if not all(self.strings):
+            raise ValueError(f"stop strings {list(self.strings)} must not be empty: every text holds an empty one")
+
+    def first(self, tokens: Sequence[int], checked: int) -> int | None:
+        """The smallest number of tokens whose text holds a stop string; None when no text of theirs does.
+
+        Args:
+            tokens: a completion so far, without a stop token.
+            checked: so many of them are known to hold none.
+        """
+        if not self._held(tokens):
+            return None
+        return next(count for count in range(checked + 1, len(tokens) + 1) if self._held(tokens[:count]))
+
+    def _held(self, tokens: Sequence[int]) -> bool:
+        text = self.decode(tokens)
+        return any(string in text for string in self.strings)
