@@ -26,7 +26,7 @@ def main() -> None:
     """Measure, print, write."""
     given = options(__doc__ or "", TASKS)
     fresh_work_folder()
-    base = {"model": str(MODEL), "work": str(WORK), "quick": given.quick}
+    base = {"model": str(MODEL), "work": str(WORK), "quick": given.quick, "repeats": given.repeats}
     base |= run_worker("prepare.py", base, max(given.cores), "prepare")
     results: dict[str, Any] = {
         "benchmark": "training",

@@ -38,7 +38,7 @@ def options(description: str, workloads: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workloads", nargs="+", choices=workloads, default=list(workloads))
     parser.add_argument("--cores", nargs="+", type=int, default=[1, 2], help="core counts, one after the other")
-    parser.add_argument("--repeats", type=int, default=1, help="timed calls of each engine; the median counts")
+    parser.add_argument("--repeats", type=int, default=1, help="how often everything is timed; medians count")
     parser.add_argument("--ours-only", action="store_true", help="leave the peers out")
     parser.add_argument("--quick", action="store_true", help="smaller workloads")
     given = parser.parse_args()
@@ -104,7 +104,7 @@ def run_worker(script: str, spec: dict[str, Any], cores: int, label: str) -> dic
     found: dict[str, Any] = json.loads(answer.read_text())
     total, own = (after - start for after, start in zip(_processor_seconds(), before, strict=True))
     found["others_share"] = round(max(total - own, 0.0) / total, 3) if total else 0.0
-    if found["others_share"] > MOST_OTHERS:
+    if found["others_share"] > MOST_OTHERS and script != "prepare.py":
         say(f"  {label}: other processes did {found['others_share']:.0%} of the work meanwhile; don't trust its times")
     return found
 

@@ -25,6 +25,7 @@ def plot_sampling(results: dict[str, Any], path: Path) -> Path:
             panel.annotate("floor", (place + 0.45, floor), ha="right", va="bottom", fontsize=7)
         panel.set_title(name, fontsize=10)
         panel.set_ylabel("tokens a second")
+        panel.set_ylim(top=1.4 * max(own["floor_tokens_per_second"] for own in groups.values()))
     return _save(figure, results, path)
 
 
@@ -36,6 +37,7 @@ def plot_training(results: dict[str, Any], path: Path) -> Path:
         _bars(panel, {cores: found[name]["seconds"] for cores, found in results["by_cores"].items()})
         panel.set_title(name, fontsize=10)
         panel.set_ylabel("seconds")
+        panel.set_ylim(top=1.4 * panel.get_ylim()[1])
     return _save(figure, results, path)
 
 
@@ -48,7 +50,7 @@ def _bars(panel: Any, groups: dict[str, dict[str, float]]) -> None:
             bar = panel.bar(left, value, width, align="edge", color=COLORS.get(name, "#bbbbbb"), label=label)
             panel.bar_label(bar, fmt="%.3g", fontsize=7)
     panel.set_xticks(range(len(groups)), [f"{cores} core{'s' * (cores != '1')}" for cores in groups])
-    panel.legend(fontsize=7, frameon=False)
+    panel.legend(fontsize=7, frameon=False, loc="upper left")
     panel.spines[["top", "right"]].set_visible(False)
 
 

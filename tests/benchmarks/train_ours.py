@@ -32,7 +32,7 @@ from almost_jax.stages.sft import sft_loss_sums
 from almost_jax.stages.training import fresh_state, place_batch, shardings_of
 
 # The first iteration compiles.
-ITERATIONS = 2
+WARMING = 1
 # What a PPO iteration calls, by the names under which `rlsf` knows it; updates are made by its `make_update`.
 PHASES = {
     "rollout": "draw" if hasattr(rlsf, "draw") else "sample",
@@ -82,7 +82,7 @@ def supervised(spec: dict[str, Any]) -> dict[str, Any]:
         state = fresh_state(params, optimizer, mesh)
         del model, params
         step = make_train_step(loss_sums, optimizer, 1, shardings_of(state), None)
-        for _ in range(2 + size.steps):
+        for _ in range(2 + spec["repeats"] * size.steps):
             start = time.perf_counter()
             state, metrics = step(state, place_batch(batch, mesh))
             losses.append(float(metrics["loss"]))
@@ -163,7 +163,7 @@ def ppo(spec: dict[str, Any]) -> dict[str, Any]:
     """The RLSF stage as `almost-jax run` runs it, but for prompts of one length and no stop tokens."""
     size = sizes(spec["quick"])
     config = load_experiment(ROOT / "experiments" / "microworld.yaml", overrides(spec))
-    clock = Clock(ITERATIONS)
+    clock = Clock(WARMING + spec["repeats"])
     folder = Path(tempfile.mkdtemp(dir=spec["work"]))
     run = Run(folder, config, make_mesh(config.mesh), False, Console(file=sys.stderr), clock.step_ended)
     write_inputs(run, spec, size.prompts)
@@ -190,10 +190,10 @@ def ppo(spec: dict[str, Any]) -> dict[str, Any]:
     assert all(step["response_length"] == size.new_tokens for step in figures), "a rollout ended early"
     seconds = np.diff([start, *clock.ends]).tolist()
     shutil.rmtree(folder)
-    phases = clock.phases[ITERATIONS - 1]
+    phases = clock.phases[WARMING + spec["repeats"] - 1]
     return {
         "first_seconds": seconds[0],
-        "seconds": seconds[1:],
+        "seconds": seconds[WARMING:],
         "phases": {**phases, "rest": seconds[-1] - sum(phases.values())},
     }
 

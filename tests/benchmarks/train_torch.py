@@ -86,7 +86,7 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
     step = make_step(model, loss_of, kind)
     losses = [step(rows)]
     seconds = []
-    for _ in range(size.steps):
+    for _ in range(spec["repeats"] * size.steps):
         begin = time.perf_counter()
         losses.append(step(rows))
         seconds.append(time.perf_counter() - begin)
