@@ -32,8 +32,8 @@ lint: env
 types: env
 	$(BIN)/mypy
 
-# Ours against transformers on torch and against Tunix, on this machine, in one run: about 40 minutes on two cores, 10 with
-# BENCH=--quick. Tunix stands in a folder of its own, where its requirements change none of ours.
+# Ours against transformers on torch and against Tunix, on this machine, in one run; smaller workloads by BENCH=--quick.
+# Tunix stands in a folder of its own, where its requirements change none of ours.
 BENCH ?=
 TUNIX := $(VENV)/tunix
 OUR_BENCHES := $(filter-out %/bench_sampling.py %/bench_training.py, $(wildcard tests/benchmarks/bench_*.py))
