@@ -34,11 +34,7 @@ from almost_jax.stages.training import fresh_state, place_batch, shardings_of
 # The first iteration compiles.
 WARMING = 1
 # What a PPO iteration calls, by the names under which `rlsf` knows it; updates are made by its `make_update`.
-PHASES = {
-    "rollout": "draw" if hasattr(rlsf, "draw") else "sample",
-    "judging": "judge",
-    "advantages": "experience",
-}
+PHASES = {"rollout": "draw", "judging": "judge", "advantages": "experience"}
 
 
 def optimizer_config() -> OptimizerConfig:

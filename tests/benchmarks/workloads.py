@@ -49,12 +49,14 @@ def sampling_workloads(quick: bool) -> dict[str, Workload]:
         found = [
             Workload("shared_prefix", 16, 512, 32, (32,) * 16, 1, 0.0, 16),
             Workload("separate", 8, 0, 256, (48,) * 8, 1, 0.0, 8),
+            Workload("ragged", 32, 0, 64, spread(32, 8, 128), 1, 0.0, 8),
             Workload("best_of_4", 8, 0, 256, (32,) * 8, 4, 1.0, 32),
         ]
     else:
         found = [
             Workload("shared_prefix", 16, 1024, 32, (64,) * 16, 1, 0.0, 16),
             Workload("separate", 8, 0, 256, (128,) * 8, 1, 0.0, 8),
+            Workload("ragged", 64, 0, 64, spread(64, SHORTEST, LONGEST), 1, 0.0, 16),
             Workload("best_of_4", 16, 0, 256, (64,) * 16, 4, 1.0, 64),
         ]
     return {workload.name: workload for workload in found}
