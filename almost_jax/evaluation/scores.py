@@ -33,7 +33,8 @@ DEFINITIONS = {
     "reward, as-is reward": "normalised: 0 is the mean and 1 the standard deviation over the reward model's reference "
     "samples",
     "at equal length": "the part of a gain that length does not explain: the intercept of a least-squares line through "
-    "the queries' differences in score against their differences in characters",
+    "the queries' differences in score against their differences in characters; where lengths hardly overlap it is an "
+    "extrapolation, and its interval wide",
     "rule of thumb": "share of queries to which the better configuration's response has the higher score; a tie "
     "counts half",
     "length-matched": "the same with length taken out: among pairs of like difference in characters, those whose "
