@@ -17,6 +17,7 @@ from almost_jax.commands.plan import plan_command
 from almost_jax.errors import InputError, TrainingDiverged
 from almost_jax.experiments import load_experiment, load_sweep
 from almost_jax.folder import is_locked, read_status
+from almost_jax.io.distributed import from_primary, initialize, is_primary, several
 from almost_jax.pipeline import make_plan, run_experiment
 from almost_jax.report import page, sweep
 
@@ -52,11 +53,13 @@ def run_command(
     """Run an experiment: finished stages are skipped, an interrupted one goes on, stale ones run anew and say why."""
     config = load_experiment(experiment, overrides or [])
     directory = out or RUNS / config.name
+    initialize()
     console = _console()
     _keep_compiled_programs()
     status = run_experiment(config, directory, until, tensorboard, console)
     if status.get("report", {}).get("state") == "done" and until in (None, "report"):
-        _show(console, f"\n{page.summary_table(directory)}\n\n{directory / 'report.html'}")
+        table = from_primary(lambda: page.summary_table(directory))
+        _show(console, f"\n{table}\n\n{directory / 'report.html'}")
 
 
 @app.command("sweep")
@@ -66,6 +69,7 @@ def sweep_command(
     """Run every point of an experiment's `sweep:`, then write and print one table over all of them."""
     found = load_sweep(experiment, overrides or [])
     directory = out or RUNS / found.name
+    initialize()
     console = _console()
     _keep_compiled_programs()
     finished: list[tuple[str, Path]] = []
@@ -80,7 +84,8 @@ def sweep_command(
         finished.append((name, directory / name))
     if not finished:
         raise TrainingDiverged(f"{directory}: every point diverged")
-    _show(console, f"\n{sweep.write_sweep(directory, finished)}")
+    table = from_primary(lambda: sweep.write_sweep(directory, finished))
+    _show(console, f"\n{table}")
     if len(finished) < len(found.points):
         raise typer.Exit(FAILED)
 
@@ -156,11 +161,17 @@ def main(arguments: list[str] | None = None) -> None:
     # Typer turns Ctrl-C into this code.
     if code == INTERRUPTED:
         _complain("interrupted; nothing finished is lost, the same command goes on from here")
+    if code and several():
+        # A process that leaves the others behind must not wait for them: whoever started it stops them.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code or 0)
 
 
 def _console() -> Console:
-    return Console(highlight=False)
+    # Of several processes one speaks; what goes wrong is told by whoever it happens to.
+    return Console(highlight=False, quiet=not is_primary())
 
 
 def _show(console: Console, text: str) -> None:

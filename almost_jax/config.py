@@ -5,7 +5,7 @@ the schema alone, so that it can be read as documentation.
 """
 
 from collections.abc import Iterable, Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
@@ -46,21 +46,55 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class MeshConfig(Section):
-    """Devices along each mesh axis, and how training programs run on them.
+# What a preset says of the axes that a file leaves out.
+MESH_PRESETS: dict[str, dict[str, int]] = {
+    "fsdp": {"data": 1, "fsdp": -1, "tensor": 1},
+    "fsdp+tensor": {"data": 1, "fsdp": -1, "tensor": 4},
+    # Both -1: as near to each other as their product allows, each an axis of the torus.
+    "square": {"data": -1, "fsdp": -1, "tensor": 1},
+}
 
-    One axis may be -1 and takes what is left. With `explicit`, every matrix is split over data and over fsdp, gathered
-    one axis at a time where it is used, and its gradient reduce-scattered in `gradient_dtype`; the compiler decides
-    otherwise. `remat` recomputes each layer in the backward pass. `attention: splash` uses that kernel on a TPU where
-    a program sees its own rows alone (`explicit`, or one device). Training and scoring apply the head to at most
-    `vocab_chunk` entries of the vocabulary at a time, so that no array of batch x length x vocabulary stands in memory;
-    0 for all at once, as smaller vocabularies are. On a CPU `vocab_chunk_cpu` says so instead: there the second pass
-    over the head costs more than the memory is worth.
+
+class SamplingMeshConfig(Section):
+    """A mesh for sampling alone, by the preset `inference`: weights are split over embed (their model dimension) and
+    tensor (the other one) and stay where they are. One axis may be -1 and takes what is left.
     """
 
+    preset: Literal["inference"] = "inference"
+    data: AxisSize = 1
+    embed: AxisSize = 1
+    tensor: AxisSize = -1
+
+    @model_validator(mode="after")
+    def _one_free_axis(self) -> "SamplingMeshConfig":
+        if [self.data, self.embed, self.tensor].count(-1) > 1:
+            raise wrong("embed" if self.embed == -1 else "data", "only one mesh axis may be -1")
+        return self
+
+
+class MeshConfig(Section):
+    """Devices of a slice along each mesh axis, and how training programs run on them.
+
+    One axis may be -1 and takes what is left. `preset` fills axes that are left out: `fsdp` splits all over fsdp,
+    `fsdp+tensor` over four devices of a tensor axis too, `square` has data and fsdp of like size. `dcn_data` is the
+    number of slices: rows are split over them, parameters are not. `sampling` is a mesh of its own for sampling;
+    without it the training mesh samples too.
+
+    With `explicit`, every matrix is split over data and over fsdp, gathered one axis at a time where it is used, and
+    its gradient reduce-scattered in `gradient_dtype`; the compiler decides otherwise. `remat` recomputes each layer in
+    the backward pass. `attention: splash` uses that kernel on a TPU where a program sees its own rows alone
+    (`explicit`, or one device). Training and scoring apply the head to at most `vocab_chunk` entries of the vocabulary
+    at a time, so that no array of batch x length x vocabulary stands in memory; 0 for all at once, as smaller
+    vocabularies are. On a CPU `vocab_chunk_cpu` says so instead: there the second pass over the head costs more than
+    the memory is worth.
+    """
+
+    preset: Literal["fsdp", "fsdp+tensor", "square"] | None = None
     data: AxisSize = -1
     fsdp: AxisSize = 1
     tensor: AxisSize = 1
+    dcn_data: PositiveInt = 1
+    sampling: SamplingMeshConfig | None = None
     explicit: Flag = False
     gradient_dtype: Literal["float32", "bfloat16"] = "float32"
     remat: Flag = False
@@ -68,9 +102,16 @@ class MeshConfig(Section):
     vocab_chunk: NonNegativeInt = 8192
     vocab_chunk_cpu: NonNegativeInt = 0
 
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, values: Any) -> Any:
+        preset = values.get("preset") if isinstance(values, dict) else None
+        return {**MESH_PRESETS[preset], **values} if preset in MESH_PRESETS else values
+
     @model_validator(mode="after")
     def _one_free_axis(self) -> "MeshConfig":
-        if [self.data, self.fsdp, self.tensor].count(-1) > 1:
+        free = [self.data, self.fsdp, self.tensor].count(-1)
+        if free > 1 and not (self.preset == "square" and self.tensor != -1):
             raise wrong("fsdp" if self.fsdp == -1 else "tensor", "only one mesh axis may be -1")
         return self
 

@@ -13,10 +13,11 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import IO, Any, TypeAlias
 
 import almost_jax
 from almost_jax.errors import InputError
+from almost_jax.io.distributed import from_primary
 from almost_jax.io.records import write_bytes
 
 Entry: TypeAlias = dict[str, Any]
@@ -68,24 +69,38 @@ def is_locked(directory: Path) -> bool:
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Keep other processes out of the folder; the lock ends with the process, however it ends."""
+    """Keep others out of the folder; the lock ends with the process, however it ends.
+
+    Of several processes that share a run, process 0 holds it.
+    """
+    held: list[IO[str]] = []
+    try:
+        # One that is refused must not go on, nor leave the others waiting.
+        from_primary(lambda: held.append(_lock(directory)))
+        yield
+    finally:
+        for file in held:
+            file.close()
+
+
+def _lock(directory: Path) -> IO[str]:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         # Opened for appending, so that a loser does not wipe the winner's line.
         file = (directory / ".lock").open("a+", encoding="utf-8")
     except OSError as error:
         raise InputError(f"{directory}: can't be used as a run's folder ({error.strerror})") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            raise InputError(f"{directory}: is in use by {holder}; wait for it, or give another --out") from error
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        yield
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        file.close()
+        raise InputError(f"{directory}: is in use by {holder}; wait for it, or give another --out") from error
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
 
 
 def owned(name: str, outputs: Sequence[str]) -> list[str]:

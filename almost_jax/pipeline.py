@@ -13,6 +13,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -41,6 +42,7 @@ from almost_jax.folder import (
     write_status,
 )
 from almost_jax.inputs import Values, all_values, check_inputs, differences, values_of
+from almost_jax.io.distributed import from_primary
 from almost_jax.io.preemption import stops_on_sigterm
 from almost_jax.io.records import write_bytes
 from almost_jax.io.run import Run
@@ -55,13 +57,17 @@ Action: TypeAlias = Literal["skip", "resume", "run", "stale"]
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One stage: its function, what of the config it reads, the stages whose outputs it reads, and its own outputs."""
+    """One stage: its function, what of the config it reads, the stages whose outputs it reads, and its own outputs.
+
+    `alone`: process 0 runs it while the others wait, since it uses no devices.
+    """
 
     name: str
     run: Callable[[Run], dict[str, Any]]
     reads: tuple[str, ...]
     upstream: tuple[str, ...]
     outputs: tuple[str, ...]
+    alone: bool = False
 
 
 # The one key of the mesh that changes more than the last bits of a result.
@@ -133,7 +139,7 @@ STAGES: tuple[Stage, ...] = (
         ("evaluation_queries", "as_is_reward", "comparisons", "reward", "demonstrations", "sft", "rlsf"),
         ("evaluation",),
     ),
-    Stage("report", page.run_stage, ("name",), ("audit", "evaluation"), ("report.md", "report.html", "figures")),
+    Stage("report", page.run_stage, ("name",), ("audit", "evaluation"), ("report.md", "report.html", "figures"), alone=True),
 )
 
 
@@ -175,19 +181,26 @@ def run_experiment(
         InputError: something in the config or on disk is wrong, or another process works in the folder.
         Preempted: SIGTERM came; the same call goes on from there.
     """
+    # One process's files decide for all, whatever lies on the disks of the others.
+    config, directory = from_primary(lambda: (config, directory))
     last = len(STAGES) if until is None else _place(until) + 1
-    check_inputs(config)
-    prints = fingerprints(config)
+
+    def look() -> dict[str, Fingerprint]:
+        check_inputs(config)
+        return fingerprints(config)
+
+    prints = from_primary(look)
     try:
         mesh = make_mesh(config.mesh)
     except ValueError as error:
         raise InputError(str(error)) from error
     with locked(directory), stops_on_sigterm():
         made_with = {"versions": versions(), "commit": git_commit()}
-        pipeline = _Pipeline(config, directory, mesh, tensorboard, console, made_with, read_status(directory))
+        status = from_primary(lambda: read_status(directory))
+        pipeline = _Pipeline(config, directory, mesh, tensorboard, console, made_with, status)
         write_bytes(directory / "config.yaml", dump_experiment(config).encode())
         for number, stage in enumerate(STAGES[:last], start=1):
-            plan = plan_stage(stage, prints[stage.name], directory, pipeline.status)
+            plan = from_primary(partial(plan_stage, stage, prints[stage.name], directory, pipeline.status))
             pipeline.bring_up_to_date(plan, f"[{number}/{len(STAGES)}] {stage.name}")
         return pipeline.status
 
@@ -213,15 +226,16 @@ class _Pipeline:
             return
         self.say(f"{title}: {plan.action}{f': {plan.why}' if plan.why else ''}")
         if plan.action == "stale":
-            set_aside(self.directory, stage.name, owned(stage.name, stage.outputs), entry)
+            from_primary(lambda: set_aside(self.directory, stage.name, owned(stage.name, stage.outputs), entry))
             self.status.pop(stage.name, None)
             self.write()
-        kept = set_aside_entry(self.directory, stage.name, plan.fingerprint.digest)
+        digest = plan.fingerprint.digest
+        kept = from_primary(lambda: set_aside_entry(self.directory, stage.name, digest))
         if kept is not None:
             # The entry first: a kill in between leaves outputs that are known to be missing, not unknown ones.
             self.status[stage.name] = kept
             self.write()
-            bring_back(self.directory, stage.name, owned(stage.name, stage.outputs), plan.fingerprint.digest)
+            from_primary(lambda: bring_back(self.directory, stage.name, owned(stage.name, stage.outputs), digest))
             self.say(f"{stage.name}: ran with these settings before; its outputs are back from stale/")
             if kept["state"] == "done":
                 return
@@ -263,7 +277,10 @@ class _Pipeline:
         save()
         try:
             run = Run(self.directory, self.config, self.mesh, self.tensorboard, self.console, on_progress)
-            entry["summary"] = plan.stage.run(run)
+            if plan.stage.alone:
+                entry["summary"] = from_primary(lambda: plan.stage.run(run))
+            else:
+                entry["summary"] = plan.stage.run(run)
         except BaseException as error:
             # Ctrl-C leaves the stage "running", as a power cut would: the next run goes on with it.
             if isinstance(error, Exception):
@@ -271,7 +288,9 @@ class _Pipeline:
                 entry |= {"state": "failed", "ended": now(), "error": what}
             save()
             raise
-        outputs = [output for output in plan.stage.outputs if (self.directory / output).exists()]
+        outputs = from_primary(
+            lambda: [output for output in plan.stage.outputs if (self.directory / output).exists()]
+        )
         entry |= {"state": "done", "ended": now(), "outputs": outputs}
         save()
         self.say(f"{name}: done in {_duration(entry)}")

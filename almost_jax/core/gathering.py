@@ -20,7 +20,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
-from almost_jax.core.partitioning import Rules, partition_spec
+from almost_jax.core.partitioning import SLICE, Rules, partition_spec
 
 # The axes that batches and parameters are split over.
 AXES = ("data", "fsdp")
@@ -109,7 +109,7 @@ def explicitly(
 
     Args:
         totals: sums (any tree of scalars) and gradients (a tree like the parameters) of the rows that it is given.
-        mesh: has the axes data and fsdp; a tensor axis must be 1.
+        mesh: has the axes data and fsdp, and slice where there are several; a tensor axis must be 1.
         param_specs: the `PartitionSpec` of every parameter, by `EXPLICIT_RULES`.
 
     Returns:
@@ -121,24 +121,29 @@ def explicitly(
     if mesh.shape.get("tensor", 1) != 1:
         raise ValueError(f"explicit FSDP splits over data and fsdp alone; mesh.tensor is {mesh.shape['tensor']}, not 1")
 
+    # Slices have whole copies of the parameters: between them only a device's part of a gradient travels.
+    axes = (SLICE, *AXES) if SLICE in mesh.axis_names else AXES
+
     def local(params: Any, batch: Any) -> tuple[Any, Any]:
         sums, grads = totals(params, batch)
-        return jax.lax.psum(sums, AXES), jax.tree.map(_summed_over_unused, grads, param_specs)
+        return jax.lax.psum(sums, axes), jax.tree.map(
+            functools.partial(_summed_over_unused, axes=axes), grads, param_specs
+        )
 
     mapped: Callable[[Any, Any], tuple[Any, Any]] = jax.shard_map(
         local,
         mesh=mesh,
-        in_specs=(param_specs, PartitionSpec(AXES)),
+        in_specs=(param_specs, PartitionSpec(axes)),
         out_specs=(PartitionSpec(), param_specs),
         check_vma=False,
     )
     return mapped
 
 
-def _summed_over_unused(gradient: Array, spec: PartitionSpec) -> Array:
+def _summed_over_unused(gradient: Array, spec: PartitionSpec, axes: tuple[str, ...]) -> Array:
     """Add up over the axes that a parameter isn't split over: what `whole` did not reduce already."""
     used = {name for entry in spec for name in _names(entry)}
-    unused = tuple(name for name in AXES if name not in used)
+    unused = tuple(name for name in axes if name not in used)
     return jax.lax.psum(gradient, unused) if unused else gradient
 
 

@@ -219,9 +219,9 @@ class Attention(nn.Module):
         q = kernel((d, *wide), ("embed", "heads", "head_dim"), name="query")(x)
         k = kernel((d, *narrow), ("embed", "kv_heads", "head_dim"), name="key")(x)
         v = kernel((d, *narrow), ("embed", "kv_heads", "head_dim"), name="value")(x)
-        q = constrain(rotate(q, positions, c.rope), "batch", "length", "activation_heads", None)
-        k = constrain(rotate(k, positions, c.rope), "batch", "length", "activation_kv_heads", None)
-        v = constrain(v, "batch", "length", "activation_kv_heads", None)
+        q = constrain(rotate(q, positions, c.rope), "rows", "length", "activation_heads", None)
+        k = constrain(rotate(k, positions, c.rope), "rows", "length", "activation_kv_heads", None)
+        v = constrain(v, "rows", "length", "activation_kv_heads", None)
         alone = cache is None and prefix is None
         if alone and c.attention == "splash":
             mixed = splash_attention(q, k, v, mask)
@@ -465,7 +465,7 @@ def empty_cache(config: LlamaConfig, batch: int, slots: int) -> Cache:
     heads, size = config.num_kv_heads, config.head_dim
 
     def zeros(shape: tuple[int, ...]) -> Any:
-        axes = ("batch", "activation_kv_heads", None, None)
+        axes = ("rows", "activation_kv_heads", None, None)
         if config.scan_layers:
             return constrain(jnp.zeros((config.num_layers, *shape), config.dtype), "layers", *axes)
         return tuple(constrain(jnp.zeros(shape, config.dtype), *axes) for _ in range(config.num_layers))

@@ -45,16 +45,20 @@ def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.S
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), after], [warmup])
 
 
+def is_matrix(path: Any) -> bool:
+    """Whether the parameter at a path of the tree is a matrix or a table, not a norm's scale or the scalar head.
+
+    By name, not by rank: the stacked scales of scanned layers are of rank 2 too, and the head is a "kernel" too.
+    """
+    names = [entry.key for entry in path]
+    return names[-1] in ("kernel", "embedding") and HEAD not in names
+
+
 def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
     """AdamW (decay on matrices only, not on norm scales or the scalar head) behind global-norm clipping."""
 
     def decayed(params: Params) -> Any:
-        # By name, not by rank: the stacked scales of scanned layers are of rank 2 too, and the head is a "kernel" too.
-        def is_matrix(path: Any, _: Any) -> bool:
-            names = [entry.key for entry in path]
-            return names[-1] in ("kernel", "embedding") and HEAD not in names
-
-        return jax.tree_util.tree_map_with_path(is_matrix, params)
+        return jax.tree_util.tree_map_with_path(lambda path, _: is_matrix(path), params)
 
     return optax.chain(
         optax.clip_by_global_norm(config.max_grad_norm),

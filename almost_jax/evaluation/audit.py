@@ -20,6 +20,7 @@ from almost_jax.evaluation.judge import Endpoint, Judge
 from almost_jax.evaluation.scores import rungs
 from almost_jax.evaluation.statistics import Bootstrap
 from almost_jax.evaluation.vicuna import judge_pairs, summarize
+from almost_jax.io.distributed import from_primary
 from almost_jax.io.records import Record, RecordWriter, read_records, write_bytes
 from almost_jax.io.run import Run
 from almost_jax.stages.comparisons import by_model, respond_as, response_key, rule_of_thumb
@@ -49,12 +50,13 @@ def run_stage(run: Run) -> dict[str, Any]:
     everything = read_records(run.path("queries.jsonl"))
     chosen = random.Random(run.seed("audit")).sample(range(len(everything)), min(config.queries, len(everything)))
     queries = [everything[place] for place in sorted(chosen)]
-    with jax.set_mesh(run.mesh):
+    with jax.set_mesh(run.sampling_mesh):
         responses = _responses(run, queries)
         scores = _as_is_scores(run, queries, responses)
     figures = analyse(run, queries, _items(responses, scores))
     if config.judge is not None:
-        _ask_the_judge(run, config, queries, responses, figures["rungs"])
+        # One process asks: a judge costs money, and need not answer twice alike.
+        from_primary(lambda: _ask_the_judge(run, config, queries, responses, figures["rungs"]))
     content = json.dumps(figures, indent=1, allow_nan=False) + "\n"
     write_bytes(run.path("audit", "audit.json"), content.encode())
     for line in warnings(figures):
@@ -119,7 +121,7 @@ def _responses(run: Run, queries: Sequence[Record]) -> list[Record]:
     path = run.path("audit", "responses.jsonl")
     plan = by_model(run.config.comparisons.configurations)
     expected = [response_key({"configuration": name, "query_id": query["id"]}) for name in plan for query in queries]
-    if path.exists():
+    if run.exists("audit", "responses.jsonl"):
         found = read_records(path)
         if [response_key(record) for record in found] == expected:
             return found
@@ -136,9 +138,9 @@ def _responses(run: Run, queries: Sequence[Record]) -> list[Record]:
 
 def _as_is_scores(run: Run, queries: Sequence[Record], responses: Sequence[Record]) -> list[float] | None:
     """The as-is reward model's score of every response, None where there is no such model."""
-    if not run.path("as_is_reward", "model").is_dir():
+    if not run.exists("as_is_reward", "model"):
         return None
-    scorer = RewardScorer(load_reward_model(run, "as_is_reward"), run.config.as_is_reward.training.batch_size)
+    scorer = RewardScorer(load_reward_model(run, "as_is_reward", alone=True), run.config.as_is_reward.training.batch_size)
     texts = {query["id"]: query["text"] for query in queries}
     dialogues: list[list[Turn]] = [
         [{"role": "human", "text": texts[record["query_id"]]}, {"role": "assistant", "text": record["text"]}]

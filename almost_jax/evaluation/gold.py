@@ -37,7 +37,7 @@ def analyse(run: Run, queries: Sequence[Record], items: Sequence[Item]) -> dict[
     if strangers:
         raise InputError(f"{run.path('comparisons.jsonl')}: query_id {strangers[0]!r} is not in queries.jsonl")
     sources = {"self_play": "demonstrations_self_play.jsonl", "reward_guided": "demonstrations.jsonl"}
-    played = {name: read_records(run.path(file)) for name, file in sources.items() if run.path(file).exists()}
+    played = {name: read_records(run.path(file)) for name, file in sources.items() if run.exists(file)}
     curve = [item for item in items if item["system"].startswith("curve/")]
     policy_items = [item for item in items if item["system"].startswith("policy/")]
     return {

@@ -17,7 +17,8 @@ from almost_jax.config import PromptedModel, SamplingConfig
 from almost_jax.errors import InputError
 from almost_jax.evaluation import analyses
 from almost_jax.evaluation.analyses import Item
-from almost_jax.io.models import Model, load_model
+from almost_jax.io.distributed import from_primary
+from almost_jax.io.models import Model
 from almost_jax.io.records import Record, RecordWriter, read_records, write_records
 from almost_jax.io.run import Run
 from almost_jax.microworld.world import generate_queries
@@ -97,7 +98,7 @@ def held_out_queries(run: Run) -> list[Record]:
     settings = run.config.evaluation
     if not settings.gold and settings.questions is None:
         return []
-    if not path.exists():
+    if not run.exists("evaluation_queries.jsonl"):
         if settings.questions is not None:
             texts = load_instructions(settings.questions)[: settings.queries]
         else:
@@ -156,7 +157,7 @@ def load_scorers(run: Run, truth: Truth | None) -> Scorers:
     as_is = "as_is_reward/model"
     return Scorers(
         RewardScorer(trained_model(run, "reward/model"), batch),
-        RewardScorer(trained_model(run, as_is), batch) if run.path(as_is).is_dir() else None,
+        RewardScorer(trained_model(run, as_is), batch) if run.exists(as_is) else None,
         truth,
     )
 
@@ -169,7 +170,7 @@ def score_systems(run: Run, judged: Sequence[System], truth: Truth | None) -> li
     """
     path = run.path("evaluation/items.jsonl")
     wanted = [_key(system.name, request_id) for system in judged for request_id, _ in _requests(system)]
-    if path.exists():
+    if run.exists("evaluation/items.jsonl"):
         items = read_records(path)
         if [_item_key(item) for item in items] == wanted:
             return items
@@ -300,13 +301,12 @@ def trained_model(run: Run, folder: str) -> Model:
     Raises:
         InputError: it isn't there.
     """
-    path = run.path(folder)
-    if not path.is_dir():
-        raise InputError(f"{path}: no such model; the stage {folder.split('/')[0]} must finish before the evaluation")
-    return load_model(str(path), run.mesh, run.config.compute_dtype)
+    if not run.exists(folder):
+        raise InputError(f"{run.path(folder)}: no such model; the stage {folder.split('/')[0]} must finish before the evaluation")
+    return run.load(folder)
 
 
 def _snapshots(run: Run) -> list[int]:
     """Steps of the RLSF policies that were kept."""
     folder: Path = run.path("rlsf/policies")
-    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit()) if folder.is_dir() else []
+    return from_primary(lambda: sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit()))

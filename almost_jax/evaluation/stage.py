@@ -41,8 +41,8 @@ def run_stage(run: Run) -> dict[str, Any]:
         return {"queries": 0}
     judged = run.config.evaluation.gold
     truth = gold.TRUTH if judged else None
-    sources = {name: read_records(run.path(file)) for name, file in _SOURCES.items() if run.path(file).exists()}
-    with jax.set_mesh(run.mesh):
+    sources = {name: read_records(run.path(file)) for name, file in _SOURCES.items() if run.exists(file)}
+    with jax.set_mesh(run.sampling_mesh):
         items = score_systems(run, systems(run, queries), truth)
         played = score_demonstrations(run, sources)
     settings = run.config.evaluation
@@ -80,7 +80,7 @@ def score_demonstrations(run: Run, sources: Mapping[str, Sequence[Record]]) -> l
         for number, dialogue in enumerate(_up_to_each_answer(record))
     ]
     expected = [f"{name}/{query}/{number}" for name, query, number, _ in turns]
-    if path.exists():
+    if run.exists("evaluation/played.jsonl"):
         items = read_records(path)
         if [_played_key(item) for item in items] == expected:
             return items

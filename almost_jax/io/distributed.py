@@ -1,12 +1,30 @@
-"""Several processes as one program: on a TPU pod by itself, elsewhere from the environment."""
+"""Several processes as one program: on a TPU pod by itself, elsewhere from the environment.
 
+All processes run the same stages in step, each computing with its own devices on its part of the global arrays. Process
+0 alone writes records, and looks what is there and how far it has come, and tells the others (`from_primary`), so that
+none of them can decide otherwise. Finished records and weights are read by all, and weights written by all, so the
+folder of a run must lie on a file system that they share.
+"""
+
+import contextlib
+import contextvars
 import os
-from collections.abc import Mapping
-from typing import NamedTuple
+import pickle
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
-from almost_jax.errors import InputError
+from almost_jax.errors import InputError, TrainingDiverged
+
+T = TypeVar("T")
+
+# Longer than process 0 may take for anything that the others wait for, a report say. A process that died is noticed
+# earlier, by jax.distributed.
+BARRIER_SECONDS = 24 * 3600
 
 COORDINATOR, PROCESS_ID, NUM_PROCESSES = "ALMOST_COORDINATOR", "ALMOST_PROCESS_ID", "ALMOST_NUM_PROCESSES"
 
@@ -78,3 +96,82 @@ def tpu_hosts() -> int:
         if cluster.is_env_present():
             return cluster.get_process_count()
     return 1
+
+
+def several() -> bool:
+    """Whether this is one of several processes. Asks for no devices when it isn't."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def is_primary() -> bool:
+    """Whether this process is the one that writes: the only one, or number 0."""
+    return not several() or jax.process_index() == 0
+
+
+_alone: contextvars.ContextVar[bool] = contextvars.ContextVar("alone", default=False)
+
+
+@contextlib.contextmanager
+def _without_others() -> Iterator[None]:
+    token = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(token)
+
+
+def together() -> bool:
+    """Whether the other processes are at the same point: there are some, and this isn't inside `from_primary`."""
+    return several() and not _alone.get()
+
+
+def wait_for_all(name: str) -> None:
+    """A barrier of all processes, named for messages; nothing when there is one, or inside `from_primary`."""
+    if together():
+        ocp.multihost.sync_global_processes(name, timeout=BARRIER_SECONDS)
+
+
+def from_primary(read: Callable[[], T]) -> T:
+    """What process 0 finds, on every process; the others wait and don't call `read`.
+
+    All processes must come here. Inside `read`, process 0 is on its own: reads, writes and barriers concern nobody
+    else.
+
+    Args:
+        read: gives something that can be pickled.
+
+    Raises:
+        InputError, TrainingDiverged, SystemExit: what `read` raised, on every process.
+        RuntimeError: on the others, when it raised anything else, which process 0 raises.
+    """
+    if not together():
+        return read()
+    value: Any = None
+    error: BaseException | None = None
+    if jax.process_index() == 0:
+        try:
+            with _without_others():
+                value = read()
+        except BaseException as raised:
+            error = raised
+    told = error
+    if error is not None and not isinstance(error, (InputError, TrainingDiverged, SystemExit)):
+        told = RuntimeError(f"process 0: {type(error).__name__}: {error}")
+    # Process 0 may take long, and collectives on a CPU wait half an hour at most; a barrier has its own limit.
+    wait_for_all("from_primary")
+    value, told = pickle.loads(_broadcast(pickle.dumps((value, told))))
+    if error is not None:
+        raise error
+    if told is not None:
+        raise told
+    return value
+
+
+def _broadcast(data: bytes) -> bytes:
+    """The bytes of process 0."""
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
+    # Rounded up, so that few sizes are compiled.
+    room = np.zeros((1 << max(size - 1, 1).bit_length(),), np.uint8)
+    if jax.process_index() == 0:
+        room[:size] = np.frombuffer(data, np.uint8)
+    return bytes(np.asarray(multihost_utils.broadcast_one_to_all(room))[:size])

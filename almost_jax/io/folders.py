@@ -7,6 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from almost_jax.errors import InputError
+from almost_jax.io.distributed import from_primary, is_primary, wait_for_all
 
 # What files take beside their content: blocks that are not full, indices, metadata.
 SPARE_BYTES = 2**20
@@ -18,7 +19,8 @@ _FULL = ("No space left on device", "os error 28", "RESOURCE_EXHAUSTED")
 def whole_folder(directory: Path, size: int) -> Iterator[Path]:
     """Fill a temporary folder beside `directory`, and give it that name at the end; it replaces what was there.
 
-    When filling it fails, nothing is left and what was there stays.
+    When filling it fails, nothing is left and what was there stays. With several processes, process 0 makes and renames
+    the folder; all are given its name and may write their parts.
 
     Args:
         directory: of that name.
@@ -32,17 +34,27 @@ def whole_folder(directory: Path, size: int) -> Iterator[Path]:
     """
     directory = Path(directory).absolute()
     temporary = directory.with_name(f".{directory.name}.saving")
-    made = _missing_parents(directory)
-    try:
+    made: list[Path] = []
+
+    def make() -> None:
+        made.extend(_missing_parents(directory))
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         check_room(directory, size)
-        yield temporary
+
+    def commit() -> None:
         shutil.rmtree(directory, ignore_errors=True)
         temporary.rename(directory)
+
+    try:
+        from_primary(make)
+        yield temporary
+        wait_for_all("folder filled")
+        from_primary(commit)
     # BaseException: an interrupt must not leave a part behind either.
     except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if is_primary():
+            shutil.rmtree(temporary, ignore_errors=True)
         for parent in made:
             # One that something else has filled meanwhile stays.
             with suppress(OSError):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from almost_jax.errors import InputError
+from almost_jax.io.distributed import from_primary, is_primary
 from almost_jax.io.records import dump_record, parse_partial, write_bytes
 
 
@@ -27,8 +28,12 @@ class MetricsLogger:
             InputError: a line of an existing file isn't a JSON object with an integer `step`.
         """
         self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        data = self.path.read_bytes() if self.path.exists() else b""
+
+        def read() -> bytes:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            return self.path.read_bytes() if self.path.exists() else b""
+
+        data = from_primary(read)
         records, size = parse_partial(data, str(self.path))
         kept = []
         for number, (line, record) in enumerate(zip(data[:size].split(b"\n"), records, strict=False), start=1):
@@ -38,9 +43,10 @@ class MetricsLogger:
                 kept.append(line + b"\n")
         if b"".join(kept) != data:
             write_bytes(self.path, b"".join(kept))
-        self._file = self.path.open("ab")
+        # Elsewhere than on process 0 what is logged goes nowhere.
+        self._file: Any = (self.path if is_primary() else Path(os.devnull)).open("ab")
         self._writer: Any = None
-        if tensorboard_dir is not None:
+        if tensorboard_dir is not None and is_primary():
             from tensorboardX import SummaryWriter
 
             self._writer = SummaryWriter(str(tensorboard_dir), purge_step=max(resume_step, 0) + 1)
@@ -64,7 +70,8 @@ class MetricsLogger:
         """Sync and close the file and the event writer; harmless when repeated."""
         if not self._file.closed:
             self._file.flush()
-            os.fsync(self._file.fileno())
+            if is_primary():
+                os.fsync(self._file.fileno())
             self._file.close()
         if self._writer is not None:
             self._writer.close()

@@ -21,6 +21,7 @@ from almost_jax.core.llama import LlamaConfig, Params, RopeConfig, abstract_para
 from almost_jax.core.partitioning import shardings
 from almost_jax.errors import InputError
 from almost_jax.io.checkpoints import find_damage, restore_tree, save_tree, seal
+from almost_jax.io.distributed import from_primary, is_primary, wait_for_all
 from almost_jax.io.folders import check_room, whole_folder
 from almost_jax.io.gguf import GGUF, load_gguf_tokenizer, open_gguf
 from almost_jax.io.huggingface import open_llama
@@ -81,7 +82,8 @@ def read_model(source: str, mesh: Mesh, stored: str | None) -> Model:
         mesh: as there.
         stored: dtype of the parameters; None keeps the one they are stored in (float32 where there are several).
     """
-    path = _find(source)
+    # Process 0 looks first: what it finds isn't replaced before all have read it.
+    path = from_primary(lambda: _find(source))
     if path.is_file():
         model = _load_gguf(path, source, mesh, stored)
     elif (path / CARD).is_file():
@@ -126,13 +128,19 @@ def save_model(directory: Path, model: Model, beside: Mapping[str, bytes] | None
     }
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
     with whole_folder(directory, size) as temporary:
-        model.tokenizer.save(temporary)
-        for name, data in (beside or {}).items():
-            (temporary / name).write_bytes(data)
-        (temporary / CARD).write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        check_room(Path(directory).absolute(), size)
+
+        def describe() -> None:
+            model.tokenizer.save(temporary)
+            for name, data in (beside or {}).items():
+                (temporary / name).write_bytes(data)
+            (temporary / CARD).write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            check_room(Path(directory).absolute(), size)
+
+        from_primary(describe)
         save_tree(temporary / "params", model.params)
-        seal(temporary / "params")
+        wait_for_all("parameters written")
+        if is_primary():
+            seal(temporary / "params")
 
 
 def _find(source: str) -> Path:
@@ -183,7 +191,7 @@ def _read(config: LlamaConfig, kind: str, source: Source, mesh: Mesh, stored: st
 def _load_ours(folder: Path, source: str, mesh: Mesh, stored: str | None) -> Model:
     card = _read_card(folder / CARD)
     config, kind = card["config"], card["kind"]
-    damage = find_damage(folder / "params")
+    damage = from_primary(lambda: find_damage(folder / "params"))
     if damage is not None:
         raise InputError(f"model {source!r}: {folder / 'params'} is damaged ({damage})")
     placement = _placement(config, kind, mesh)

@@ -6,7 +6,9 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-import jax
+from jax.experimental import multihost_utils
+
+from almost_jax.io.distributed import several, together
 
 
 class Preempted(SystemExit):
@@ -18,20 +20,23 @@ class Preempted(SystemExit):
 
 
 class _Signals:
-    """Whether SIGTERM came, and whether someone has promised to look."""
+    """Whether SIGTERM came, whether someone has promised to look, and how often several processes have looked."""
 
     asked = False
     watchers = 0
+    looks = 0
 
 
 @contextlib.contextmanager
 def stops_on_sigterm() -> Iterator[None]:
     """Within the context SIGTERM raises `Preempted`, at once or, inside `saves_first`, when the loop next looks.
 
-    Does nothing outside the main thread, which alone may set handlers, and nothing where several processes share a
-    run: they would stop at different steps, and a save needs them all. Those go on from their last checkpoint.
+    Does nothing outside the main thread, which alone may set handlers. Where several processes share a run, they stop
+    at the same point, all of them, though only one got the signal: jax.distributed catches it and has them agree, and
+    they look at every step of every stage (`asked_to_stop`, `stop_between`).
     """
-    if threading.current_thread() is not threading.main_thread() or jax.process_count() > 1:
+    if threading.current_thread() is not threading.main_thread() or several():
+        _Signals.asked = False
         yield
         return
 
@@ -63,5 +68,19 @@ def saves_first() -> Iterator[None]:
 
 
 def asked_to_stop() -> bool:
-    """Whether SIGTERM has come since the outermost context began."""
+    """Whether SIGTERM has come since the outermost context began; the same answer on every process."""
+    if together() and not _Signals.asked:
+        # Costs no communication until one of them has got the signal.
+        _Signals.looks += 1
+        _Signals.asked = multihost_utils.reached_preemption_sync_point(_Signals.looks)
     return _Signals.asked
+
+
+def stop_between() -> None:
+    """Called where a stage may stop: stops several processes together, unless a loop has promised to save first.
+
+    Raises:
+        Preempted: one of them got SIGTERM.
+    """
+    if several() and not _Signals.watchers and asked_to_stop():
+        raise Preempted

@@ -2,8 +2,11 @@
 
 JSON is UTF-8 with keys in insertion order and floats by `repr` (they read back exactly); NaN and infinities aren't JSON
 and are refused. Lines end at a line feed alone: U+2028 and its like may stand inside a text.
+
+Where several processes share a run, process 0 alone writes, and all read from the file system that they share.
 """
 
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -12,6 +15,7 @@ from types import TracebackType
 from typing import IO, Any, TypeAlias
 
 from almost_jax.errors import InputError
+from almost_jax.io.distributed import from_primary, is_primary, wait_for_all
 
 Record: TypeAlias = dict[str, Any]
 
@@ -52,11 +56,13 @@ def read_records(path: Path) -> list[Record]:
     Raises:
         InputError: the file is missing, or a line isn't a JSON object; names file and line.
     """
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: can't be read ({error.strerror}); expected a JSON-lines file") from error
-    return parse_records(data, str(path))
+    def read() -> bytes:
+        try:
+            return Path(path).read_bytes()
+        except OSError as error:
+            raise InputError(f"{path}: can't be read ({error.strerror}); expected a JSON-lines file") from error
+
+    return parse_records(from_primary(read), str(path))
 
 
 def iter_records(path: Path) -> Iterator[Record]:
@@ -83,10 +89,13 @@ def write_records(path: Path, records: Iterable[Record]) -> None:
         InputError: a record that can't be written as JSON.
     """
     write_bytes(path, b"".join(dump_record(record) for record in records))
+    wait_for_all("records written")
 
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Replace a file's content atomically: a temporary file beside it, synced, then renamed."""
+    if not is_primary():
+        return
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -156,7 +165,9 @@ class RecordWriter:
     def written(self) -> Iterator[Record]:
         """What is written so far, one by one in order, read back from the file."""
         path = self.path if self._file is None else partial_path(self.path)
-        return iter_records(path)
+        # Process 0 may lag behind, and while others read it may write on.
+        wait_for_all("records written")
+        return itertools.islice(iter_records(path), len(self.done))
 
     def __enter__(self) -> "RecordWriter":
         """Open the partial file and read what is in it.
@@ -164,22 +175,29 @@ class RecordWriter:
         Raises:
             InputError: the partial file is damaged before its last line, or holds a key twice.
         """
+        self.done = from_primary(self._open)
+        if self._file is None:
+            # Elsewhere than on process 0 what is written goes nowhere.
+            self._file = open(os.devnull, "wb")  # noqa: SIM115
+        return self
+
+    def _open(self) -> set[str]:
         partial = partial_path(self.path)
         partial.parent.mkdir(parents=True, exist_ok=True)
-        self.done = set()
+        done: set[str] = set()
         size = 0
         for number, (record, length) in enumerate(_whole_lines(partial), start=1):
             try:
                 name = self.key(record)
             except KeyError as error:
                 raise InputError(f"{partial}, line {number}: no field {error}; delete it to start over") from error
-            if name in self.done:
+            if name in done:
                 raise InputError(f"{partial}, line {number}: key {name!r} stands twice; delete it to start over")
-            self.done.add(name)
+            done.add(name)
             size += length
         self._file = partial.open("ab")
         self._file.truncate(size)
-        return self
+        return done
 
     def write(self, record: Record) -> None:
         """Append one record; it survives a kill of the process from here on.
@@ -205,10 +223,12 @@ class RecordWriter:
         """
         file = self._opened()
         file.flush()
-        os.fsync(file.fileno())
+        if is_primary():
+            os.fsync(file.fileno())
+            os.replace(partial_path(self.path), self.path)
         file.close()
         self._file = None
-        os.replace(partial_path(self.path), self.path)
+        wait_for_all("records finished")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -1,10 +1,12 @@
 """What a stage is given: the run's folder, its config, the mesh, models by name, seeds, progress and metrics."""
 
 import dataclasses
+import functools
 import hashlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from almost_jax.config import ExperimentConfig
+from almost_jax.core.heads import HEAD
+from almost_jax.core.llama import LlamaConfig, Params, logical_axes
+from almost_jax.core.partitioning import make_sampling_mesh, shardings
+from almost_jax.core.train import is_matrix
 from almost_jax.errors import InputError
+from almost_jax.io.distributed import from_primary
 from almost_jax.io.metrics import MetricsLogger
 from almost_jax.io.models import Model, load_model
+from almost_jax.io.preemption import stop_between
 
 # (description, done, total): called as a stage advances, for status.json.
 ProgressHook = Callable[[str, int, int], None]
@@ -56,6 +64,7 @@ class ProgressReport:
         self._advances += 1
         if figures:
             self._figures = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+        stop_between()
         if self._hook is not None:
             self._hook(self._description, self._done, self._total)
         if self._bar is not None and self._task is not None:
@@ -97,6 +106,14 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+@functools.partial(jax.jit, static_argnames="dtype")
+def _matrices_in(params: Params, dtype: str) -> Params:
+    """A model's matrices in a dtype; vectors (scales, a scalar head) as they are."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf.astype(dtype) if is_matrix(path) else leaf, params
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
     """One run directory and what its stages share.
@@ -122,29 +139,81 @@ class Run:
         """A path inside the run's folder."""
         return self.directory.joinpath(*parts)
 
+    def exists(self, *parts: str) -> bool:
+        """Whether there is something at a path inside the run's folder, as process 0 sees it."""
+        return from_primary(lambda: self.path(*parts).exists())
+
     def seed(self, name: str) -> int:
         """A seed in [0, 2**31) of its own for `name`, from the experiment's seed."""
         digest = hashlib.sha256(f"{self.config.seed}/{name}".encode()).digest()
         return int.from_bytes(digest[:4], "big") >> 1
 
+    @cached_property
+    def sampling_mesh(self) -> Mesh:
+        """The devices of `mesh`, arranged as `mesh.sampling` says; `mesh` itself where it says nothing.
+
+        Raises:
+            InputError: they can't be arranged so.
+        """
+        settings = self.config.mesh.sampling
+        if settings is None:
+            return self.mesh
+        try:
+            return make_sampling_mesh(settings, list(self.mesh.devices.flat))
+        except ValueError as error:
+            raise InputError(str(error)) from error
+
     def model(self, name: str) -> Model:
-        """The model that the config calls `name`, in the config's compute dtype.
+        """The model that the config calls `name`, to sample and score with, on `sampling_mesh`.
 
         The one loaded last is kept, and given again unless its arrays were donated to a training step meanwhile.
 
         Raises:
             InputError: the config has no model of that name, or its source can't be loaded.
         """
+        return self._kept(name, self.sampling_mesh)
+
+    def model_to_train(self, name: str) -> Model:
+        """The model that the config calls `name` on `mesh`, with float32 parameters; see `model`."""
+        return self._kept(name, self.mesh)
+
+    def load(self, *parts: str) -> Model:
+        """A model that lies in the run's folder, to sample and score with, on `sampling_mesh`.
+
+        Raises:
+            InputError: it can't be loaded.
+        """
+        return self._loaded_onto(str(self.path(*parts)), self.sampling_mesh)
+
+    def to_sample(self, params: Params, config: LlamaConfig) -> Params:
+        """Parameters that are trained, where and as `sampling_mesh` samples from them.
+
+        A mesh of its own has matrices in the compute dtype, in which they are multiplied anyway; scales stay.
+        """
+        if self.config.mesh.sampling is None:
+            return params
+        placement = shardings(logical_axes(config), self.sampling_mesh)
+        matrices = {name: leaf for name, leaf in params.items() if name != HEAD}
+        return jax.device_put(_matrices_in(matrices, config.dtype), placement)
+
+    def _kept(self, name: str, mesh: Mesh) -> Model:
         if name not in self.config.models:
             raise InputError(f"models: there is no model {name!r}; the experiment has {', '.join(self.config.models)}")
-        kept = self._loaded.get(name)
+        key = name if mesh is self.mesh else f"{name} to sample"
+        kept = self._loaded.get(key)
         if kept is not None and not any(leaf.is_deleted() for leaf in jax.tree.leaves(kept.params)):
             return kept
         # Two large models need not fit: let the last one go before the next one comes.
         self._loaded.clear()
         del kept
-        self._loaded[name] = load_model(self.config.models[name], self.mesh, self.config.compute_dtype)
-        return self._loaded[name]
+        self._loaded[key] = self._loaded_onto(self.config.models[name], mesh)
+        return self._loaded[key]
+
+    def _loaded_onto(self, source: str, mesh: Mesh) -> Model:
+        found = load_model(source, mesh, self.config.compute_dtype)
+        if mesh is self.mesh:
+            return found
+        return dataclasses.replace(found, params=_matrices_in(found.params, found.config.dtype))
 
     @contextmanager
     def progress(self, description: str, total: int, done: int = 0) -> Iterator[ProgressReport]:

@@ -26,7 +26,7 @@ from almost_jax.core.llama import (
     logical_axes,
     logits,
 )
-from almost_jax.core.partitioning import RULES, partition_spec, replicated, shardings
+from almost_jax.core.partitioning import batch_sharding, partition_spec, replicated, rules_for, shardings
 from almost_jax.core.train import TrainState, make_optimizer, make_train_step
 from almost_jax.plan.shapes import model_shape
 from almost_jax.sampling.rules import SamplingRules, draw
@@ -64,6 +64,11 @@ def program_names(config: ExperimentConfig) -> list[str]:
     return names
 
 
+def samples(name: str) -> bool:
+    """Whether a program samples or scores, and so runs on the mesh for sampling where the experiment has one."""
+    return name.startswith(("prefill_", "decode_", "score_"))
+
+
 def build(config: ExperimentConfig, mesh: Mesh, name: str) -> Program:
     """One program by its name; trace it inside `jax.set_mesh` and `lowering_for`."""
     if name == "sft_step":
@@ -96,8 +101,7 @@ def _placed(tree: Any, placement: Any, dtype: Any = None) -> Any:
 
 
 def _rows(mesh: Mesh, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-    spec = partition_spec(("batch", *[None] * (len(shape) - 1)))
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.sharding.NamedSharding(mesh, spec))
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
 
 
 def device_bytes(tree: Any) -> int:
@@ -270,17 +274,18 @@ def _sampling(config: ExperimentConfig, mesh: Mesh, kind: str, model: str) -> Pr
 def _cache(shape: LlamaConfig, mesh: Mesh, rows: int, slots: int) -> tuple[Any, Any]:
     """An abstract cache, split over rows and key/value heads, and formats that leave its layout to the compiler."""
     tree = jax.eval_shape(lambda: empty_cache(shape, rows, slots))
-    table = dict(RULES)
+    rules = rules_for(mesh)
+    split = mesh.shape[str(dict(rules)["activation_kv_heads"])]
 
     def spec(leaf: Any) -> jax.sharding.PartitionSpec:
-        if leaf.ndim == 1:
-            return partition_spec(("batch",))
         names: list[Any] = [None] * leaf.ndim
-        names[leaf.ndim - 4] = "batch"
-        heads = [i for i in range(leaf.ndim - 3, leaf.ndim - 1) if leaf.shape[i] == shape.num_kv_heads][0]
-        if shape.num_kv_heads % mesh.shape[str(table["activation_kv_heads"])] == 0:
-            names[heads] = "activation_kv_heads"
-        return partition_spec(names)
+        # [L, B, slots, heads, H] in some order of the last three; lengths are [B].
+        names[leaf.ndim - 4 if leaf.ndim > 1 else 0] = "rows"
+        if leaf.ndim > 1 and shape.num_kv_heads % split == 0:
+            names[[i for i in range(leaf.ndim - 3, leaf.ndim) if leaf.shape[i] == shape.num_kv_heads][0]] = (
+                "activation_kv_heads"
+            )
+        return partition_spec(names, rules)
 
     where = jax.tree.map(lambda leaf: jax.sharding.NamedSharding(mesh, spec(leaf)), tree)
     formats = jax.tree.map(lambda leaf, s: Format(Layout.AUTO, s) if leaf.ndim > 1 else s, tree, where)

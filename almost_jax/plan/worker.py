@@ -13,19 +13,19 @@ from typing import Any
 
 import jax
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
 from almost_jax.config import ExperimentConfig
-from almost_jax.core.partitioning import MESH_AXES, lowering_for, mesh_sizes
+from almost_jax.core.partitioning import lowering_for, make_mesh, make_sampling_mesh
 from almost_jax.errors import InputError
 from almost_jax.plan.flops import count_flops
 from almost_jax.plan.hlo import Traffic, collectives
-from almost_jax.plan.programs import Program, build
+from almost_jax.plan.programs import Program, build, samples
 from almost_jax.plan.topologies import Topology, parse_topology
 
 
-def topology_mesh(topology: Topology, config: ExperimentConfig) -> Mesh:
-    """The experiment's mesh over the chips of a topology that needs not be there.
+def topology_mesh(topology: Topology, config: ExperimentConfig, name: str) -> Mesh:
+    """The mesh on which an experiment runs a program, over the chips of a topology that needs not be there.
 
     Raises:
         InputError: the mesh has another number of devices, or can't be laid onto the chips.
@@ -35,12 +35,13 @@ def topology_mesh(topology: Topology, config: ExperimentConfig) -> Mesh:
         described = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **options)
     except Exception as error:  # libtpu raises many kinds
         raise InputError(f"topology {topology.name!r}: libtpu refuses it ({_line(error)})") from error
+    devices = list(described.devices)
     try:
-        sizes = mesh_sizes(config.mesh, len(described.devices))
-        mesh = topologies.make_mesh(described, sizes, MESH_AXES)
-    except (ValueError, NotImplementedError) as error:
+        if config.mesh.sampling is not None and samples(name):
+            return make_sampling_mesh(config.mesh.sampling, devices)
+        return make_mesh(config.mesh, devices)
+    except ValueError as error:
         raise InputError(f"mesh on {topology.name}: {_line(error)}") from error
-    return Mesh(mesh.devices, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def examine(config: ExperimentConfig, topology: Topology, name: str) -> dict[str, Any]:
@@ -50,7 +51,7 @@ def examine(config: ExperimentConfig, topology: Topology, name: str) -> dict[str
         "name", "fits", "peak_bytes", "argument_bytes", "temp_bytes", "memory" (parameters, optimizer, cache, rest),
         "flops" (of all chips), "collectives", "floor_seconds", "warnings", "knobs"; all bytes of one chip.
     """
-    mesh = topology_mesh(topology, config)
+    mesh = topology_mesh(topology, config, name)
     with lowering_for("tpu"):
         program = build(config, mesh, name)
         with jax.set_mesh(mesh):

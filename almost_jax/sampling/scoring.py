@@ -9,6 +9,7 @@ from jax import Array
 
 from almost_jax.core.heads import sequence_scores
 from almost_jax.core.llama import LlamaConfig, Params, hidden_states
+from almost_jax.core.partitioning import to_host
 from almost_jax.core.vocabulary import hidden_figures
 from almost_jax.sampling.padding import pad_batch
 
@@ -35,7 +36,7 @@ def score_sequences(
     """
     scores = np.zeros(len(sequences), np.float32)
     for places, tokens, lengths in _batches(sequences, batch_size, multiple):
-        drawn = np.asarray(_sequence_scores(params, config, tokens, lengths))
+        drawn = to_host(_sequence_scores(params, config, tokens, lengths))
         scores[places] = drawn[: len(places)]
     return scores
 
@@ -74,7 +75,7 @@ def completion_logprobs(
     rows = [(*prompt, *completion) for prompt, completion in zip(prompts, completions, strict=True)]
     found: list[np.ndarray] = [np.zeros(0, np.float32)] * len(rows)
     for places, tokens, _ in _batches(rows, batch_size, multiple):
-        logprobs = np.asarray(_next_token_logprobs(params, config, tokens, temperature))
+        logprobs = to_host(_next_token_logprobs(params, config, tokens, temperature))
         for row, place in enumerate(places):
             found[place] = logprobs[row, len(prompts[place]) - 1 : len(rows[place]) - 1]
     return found

@@ -129,7 +129,7 @@ def run_responses(run: Run) -> dict[str, Any]:
     with RecordWriter(path, key=response_key) as writer:
         _check_resumed(map(response_key, writer.written()), expected, f"{path}.partial")
         done = len(writer.done)
-        with run.progress("responses", len(plan) * len(queries), done) as progress, jax.set_mesh(run.mesh):
+        with run.progress("responses", len(plan) * len(queries), done) as progress, jax.set_mesh(run.sampling_mesh):
             for place, name in enumerate(plan):
                 already = min(max(done - place * len(queries), 0), len(queries))
                 for record in respond_as(run, name, queries, already):
@@ -154,13 +154,13 @@ def run_stage(run: Run) -> dict[str, Any]:
     chunk = run.config.as_is_reward.training.batch_size
     scorer = None
     if run.config.filters.as_is:
-        scorer = RewardScorer(load_reward_model(run, "as_is_reward"), chunk)
+        scorer = RewardScorer(load_reward_model(run, "as_is_reward", alone=True), chunk)
     path = run.path("comparisons.jsonl")
     expected = (f"{query['id']}/{ranking.better}/{ranking.worse}" for query in queries for ranking in ranked)
     with RecordWriter(path, key=comparison_key) as writer:
         _check_resumed(map(comparison_key, writer.written()), expected, f"{path}.partial")
         done = len(writer.done)
-        with run.progress("comparisons", len(queries) * len(ranked), done) as progress, jax.set_mesh(run.mesh):
+        with run.progress("comparisons", len(queries) * len(ranked), done) as progress, jax.set_mesh(run.sampling_mesh):
             # Whole chunks are scored again after a kill: what is scored together stays together.
             first = done // (chunk * len(ranked)) * chunk
             skip = done - first * len(ranked)

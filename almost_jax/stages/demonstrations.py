@@ -68,8 +68,8 @@ class Speaker:
 def run_stage(run: Run) -> dict[str, Any]:
     """Play guided, and plain for the baseline: queries.jsonl, reward/model -> demonstrations(_self_play).jsonl."""
     config = run.config.demonstrations
-    with jax.set_mesh(run.mesh):
-        scorer = RewardScorer(load_reward_model(run, "reward"), run.config.reward.training.batch_size)
+    with jax.set_mesh(run.sampling_mesh):
+        scorer = RewardScorer(load_reward_model(run, "reward", alone=True), run.config.reward.training.batch_size)
         summary = {"guided": play(run, "demonstrations", config.n, scorer)}
         if config.baseline:
             summary["self_play"] = play(run, "demonstrations_self_play", 1, None)
@@ -98,7 +98,7 @@ def play(run: Run, name: str, n: int, scorer: RewardScorer | None) -> dict[str, 
     ][: config.queries]
     path = run.path(f"{name}.jsonl")
     expected = [query["id"] for query in queries]
-    if path.exists() and [record["query_id"] for record in read_records(path)] == expected:
+    if run.exists(f"{name}.jsonl") and [record["query_id"] for record in read_records(path)] == expected:
         # The stage was stopped after this file: what is finished isn't played again.
         return summarize(read_records(path))
     assistant = _speaker(run, config.assistant, config.sampling, f"{name}/assistant")
@@ -210,8 +210,9 @@ def is_answered(record: Record) -> bool:
 
 def evaluation_queries(run: Run) -> frozenset[str]:
     """The texts that no demonstration may contain as a human turn; none if evaluation_queries.jsonl is missing."""
-    path = run.path("evaluation_queries.jsonl")
-    return frozenset(plain_text(record["text"]) for record in read_records(path)) if path.exists() else frozenset()
+    if not run.exists("evaluation_queries.jsonl"):
+        return frozenset()
+    return frozenset(plain_text(record["text"]) for record in read_records(run.path("evaluation_queries.jsonl")))
 
 
 def plain_text(text: str) -> str:

@@ -14,7 +14,7 @@ from almost_jax.config import MeshConfig
 from almost_jax.core.gathering import EXPLICIT_RULES, Gather, explicitly
 from almost_jax.core.heads import HEAD, head_axes
 from almost_jax.core.llama import LlamaConfig, Params, abstract_params, logical_axes
-from almost_jax.core.partitioning import RULES, platform, shardings
+from almost_jax.core.partitioning import platform, shardings
 from almost_jax.core.train import Spread
 from almost_jax.errors import InputError
 
@@ -63,7 +63,7 @@ def training_shardings(config: LlamaConfig, settings: MeshConfig, mesh: Mesh, he
         head: whether the tree has a scalar head.
     """
     axes = {**logical_axes(config), **(head_axes() if head else {})}
-    found: Params = shardings(axes, mesh, EXPLICIT_RULES if settings.explicit else RULES)
+    found: Params = shardings(axes, mesh, EXPLICIT_RULES if settings.explicit else None)
     return found
 
 

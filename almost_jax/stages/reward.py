@@ -206,7 +206,7 @@ def train_reward_model(
     Returns:
         The summary, which evaluation.json holds too: numbers of pairs, and `pair_figures` on the held-out ones.
     """
-    source = run.model(model_name)
+    source = run.model_to_train(model_name)
     tokenizer = source.tokenizer
     fitting, rows, longest = _tokenized(tokenizer, pairs, training.max_length)
     train, test = split_pairs(fitting, held_out, run.seed(f"{name}/split"))
@@ -308,13 +308,16 @@ def reference_texts(train: Sequence[Pair], count: int, seed: int) -> list[str]:
     return [texts[index] for index in epoch_order(seed, 0, len(texts))[:count]]
 
 
-def load_reward_model(run: Run, name: str) -> Model:
-    """The model that a reward stage has saved.
+def load_reward_model(run: Run, name: str, alone: bool = False) -> Model:
+    """The model that a reward stage has saved: on the mesh for sampling where it scores `alone`, else on `run.mesh`.
 
     Raises:
         InputError: it is missing, damaged or not a reward model.
     """
-    model = load_model(str(run.path(name, "model")), run.mesh, run.config.compute_dtype)
+    if alone:
+        model = run.load(name, "model")
+    else:
+        model = load_model(str(run.path(name, "model")), run.mesh, run.config.compute_dtype)
     if model.kind != "reward":
         raise InputError(f"{run.path(name, 'model')} is a {model.kind}; expected a reward model")
     return model

@@ -68,7 +68,7 @@ def self_instruct(run: Run, query_id: Callable[[str], str]) -> dict[str, Any]:
                 raise InputError(f"{writer.path}.partial: was begun with other settings; delete it to start anew")
             pool.accepted_again(record)
             number_done = number + 1
-        with run.progress("queries", count, min(len(pool), count)) as progress, jax.set_mesh(run.mesh):
+        with run.progress("queries", count, min(len(pool), count)) as progress, jax.set_mesh(run.sampling_mesh):
             for number in range(number_done, config.max_rounds):
                 if len(pool) >= count:
                     break

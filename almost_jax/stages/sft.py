@@ -44,7 +44,7 @@ def fine_tune(run: Run, name: str, file: str) -> dict[str, Any]:
     """
     config = run.config.sft
     training = config.training
-    source = run.model(config.model)
+    source = run.model_to_train(config.model)
     demonstrations = [record for record in read_records(run.path(file)) if is_answered(record)]
     examples = [training_tokens(source.tokenizer, demonstration_turns(record)) for record in demonstrations]
     fitting = [example for example in examples if len(example[0]) <= training.max_length]

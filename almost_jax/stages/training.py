@@ -12,7 +12,7 @@ import optax
 
 from almost_jax.config import TrainingConfig
 from almost_jax.core.llama import Params
-from almost_jax.core.partitioning import batch_sharding, replicated
+from almost_jax.core.partitioning import batch_sharding, global_array, replicated, row_parts
 from almost_jax.core.train import Batch, TrainState, learning_rate_schedule
 from almost_jax.errors import InputError
 from almost_jax.io.batches import bucket_length
@@ -50,16 +50,16 @@ def fresh_state(params: Params, optimizer: optax.GradientTransformation, mesh: j
 
 
 def place_batch(batch: HostBatch, mesh: jax.sharding.Mesh) -> Batch:
-    """Put a batch of NumPy arrays [B, ...] on the mesh, rows split over data and fsdp.
+    """Put a batch of NumPy arrays [B, ...] on the mesh, rows split over data and fsdp; every host puts its own rows.
 
     Raises:
         InputError: B can't be split evenly.
     """
     rows, sharding = next(iter(batch.values())).shape[0], batch_sharding(mesh)
-    split = mesh.shape["data"] * mesh.shape["fsdp"]
+    split = row_parts(mesh)
     if rows % split:
-        raise InputError(f"batch_size: {rows} rows can't be split over data x fsdp = {split} devices; use a multiple")
-    return {name: jax.device_put(array, sharding) for name, array in batch.items()}
+        raise InputError(f"batch_size: {rows} rows can't be split over {split} devices (data x fsdp); use a multiple")
+    return {name: global_array(array, sharding) for name, array in batch.items()}
 
 
 def abstract(tree: Any) -> Any:

@@ -201,7 +201,7 @@ def test_divergence_names_the_step_and_the_last_good_checkpoint(make_run: Callab
 
 def test_a_batch_that_does_not_fit_the_mesh_is_refused_by_name(make_run: Callable[..., Run], tmp_path: Path) -> None:
     run = make_run(tmp_path, mesh=MeshConfig(data=4), devices=4)
-    with pytest.raises(InputError, match="batch_size: 6 rows can't be split over data x fsdp = 4"):
+    with pytest.raises(InputError, match="batch_size: 6 rows can't be split over 4 devices"):
         fit(run, batch_at)
 
 
