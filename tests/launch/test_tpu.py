@@ -306,3 +306,27 @@ def test_bad_input_is_one_line_and_exit_2(cloud: Cloud, arguments: list[str], wh
     assert finished.stderr.startswith("tpu.sh: ") and finished.stderr.count("\n") == 1
     assert why in finished.stderr
     assert cloud.calls() == []
+
+
+def test_hosts_share_their_runs_by_a_mount(cloud: Cloud) -> None:
+    cloud.done("create", "pod", *PLACE, *TYPE)
+    cloud.tool("sudo", f'echo "$FAKE_HOST $*" >> {cloud.folder}/sudo')
+    cloud.tool("mount.nfs", "exit 1")
+    cloud.done("setup", "pod", *PLACE, "--share", "10.0.0.2:/runs")
+    calls = (cloud.folder / "sudo").read_text().splitlines()
+    for host in range(2):
+        mounted = f"{host} mount -t nfs -o hard,nofail 10.0.0.2:/runs {cloud.host(host)}/runs"
+        assert mounted in calls, calls
+    assert (cloud.host(1) / "ready").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--share", "runs"], "--share 'runs' should be SERVER:/EXPORT"),
+        (["--share", "10.0.0.2:/runs", *BUCKET], "give --share or --bucket"),
+    ],
+)
+def test_a_share_that_cannot_be_is_refused(cloud: Cloud, options: list[str], message: str) -> None:
+    finished = cloud.run("setup", "pod", *PLACE, *options)
+    assert finished.returncode == 2 and message in finished.stderr and cloud.calls() == []
