@@ -139,7 +139,14 @@ STAGES: tuple[Stage, ...] = (
         ("evaluation_queries", "as_is_reward", "comparisons", "reward", "demonstrations", "sft", "rlsf"),
         ("evaluation",),
     ),
-    Stage("report", page.run_stage, ("name",), ("audit", "evaluation"), ("report.md", "report.html", "figures"), alone=True),
+    Stage(
+        "report",
+        page.run_stage,
+        ("name",),
+        ("audit", "evaluation"),
+        ("report.md", "report.html", "figures"),
+        alone=True,
+    ),
 )
 
 

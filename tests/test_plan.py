@@ -12,7 +12,8 @@ from almost_jax.errors import InputError
 from almost_jax.experiments import load_experiment
 from almost_jax.plan.flops import count_flops
 from almost_jax.plan.hlo import collectives
-from almost_jax.plan.programs import program_names
+from almost_jax.plan.programs import program_names, samples
+from almost_jax.plan.reads import read_bytes
 from almost_jax.plan.shapes import HUB, model_shape
 from almost_jax.plan.topologies import parse_topology
 from almost_jax.plan.worker import examine
@@ -60,6 +61,41 @@ def test_collectives_are_counted_for_every_trip_and_once_when_asynchronous() -> 
     assert vars(found["all-reduce"]) == {"count": 1, "bytes": 16, "async_bytes": 0}
 
 
+# One step over three layers: weights are brought in beside computation, a cache is read whole and written in place.
+READS = """
+%fused_computation.1 (a: bf16[2,8], b: bf16[16,8]) -> bf16[2,8] {
+  %inside = bf16[16,8]{1,0} copy(%b)
+}
+
+%condition (state: (s32[], bf16[16,8])) -> pred[] {
+  %bound = s32[]{:T(128)} constant(3)
+}
+
+%body (state: (s32[], bf16[16,8])) -> (s32[], bf16[16,8]) {
+  %weights = bf16[16,8]{1,0:T(8,128)(2,1)} get-tuple-element(%state), index=1
+  %start = (bf16[4,8]{1,0:S(1)}, bf16[16,8]{1,0}, u32[]{:S(2)}) slice-start(%weights), slice={[0:4], [0:8]}
+  %part = bf16[4,8]{1,0:S(1)} slice-done(%start)
+  %cache = bf16[64,8]{1,0} get-tuple-element(%state), index=2
+  %new = bf16[1,8]{1,0:S(1)} fusion(%part), kind=kLoop, calls=%fused_computation.1
+  %dynamic-update-slice_fusion.1 = bf16[64,8]{1,0} fusion(%cache, %new), kind=kLoop, calls=%fused_computation.1
+  %mixed = bf16[1,8]{1,0:S(1)} fusion(%dynamic-update-slice_fusion.1, %new), kind=kLoop, calls=%fused_computation.1
+}
+
+ENTRY %main (x: f32[4]) -> f32[4] {
+  %table = f32[100,4]{1,0} parameter(0)
+  %row = f32[1,4]{1,0:S(1)} dynamic-slice(%table, %index)
+  %head = bf16[8,32]{1,0} parameter(1)
+  %loop = (s32[], bf16[16,8]) while(%start), condition=%condition, body=%body
+  ROOT %logits = f32[1,32]{1,0:S(1)} fusion(%row, %head), kind=kOutput, calls=%fused_computation.1
+}
+"""
+
+
+def test_bytes_read_are_those_of_operands_in_memory_for_every_trip() -> None:
+    layer = 4 * 8 * 2 + 64 * 8 * 2  # the slice brought in, and the cache where it is attended to
+    assert read_bytes(READS) == 3 * layer + 4 * 4 + 8 * 32 * 2
+
+
 def test_flops_count_products_scans_and_what_remat_computes_again() -> None:
     x, w = jnp.ones((4, 8)), jnp.ones((8, 8))
 
@@ -97,6 +133,25 @@ def test_shapes_of_models_are_known_without_their_weights(tmp_path: Path) -> Non
 def test_every_program_of_an_experiment_has_a_name(experiments_folder: Path) -> None:
     names = program_names(load_experiment(experiments_folder / "almost_7b.yaml", []))
     assert {"sft_step", "reward_step", "ppo_update", "score_reward", "prefill_large", "decode_large"} <= set(names)
+
+
+def test_programs_that_sample_run_on_the_mesh_for_sampling(experiments_folder: Path) -> None:
+    names = program_names(load_experiment(experiments_folder / "almost_small.yaml", []))
+    assert [name for name in names if not samples(name)] == ["sft_step", "reward_step", "ppo_update"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(NO_LIBTPU, reason="needs libtpu: pip install almost-jax[tpu]")
+def test_decoding_on_a_mesh_for_sampling_reads_weights_and_cache_once(experiments_folder: Path) -> None:
+    overrides = [
+        "mesh.preset=square", "mesh.sampling={embed: 2, tensor: 2}", "compute_dtype=bfloat16",
+        "models.large=HuggingFaceTB/SmolLM2-1.7B",
+    ]  # fmt: skip
+    config = load_experiment(experiments_folder / "microworld.yaml", overrides)
+    report = examine(config, parse_topology("v5e:2x2"), "decode_large")
+    assert report["mesh"] == {"data": 1, "embed": 2, "tensor": 2}
+    assert report["read_bytes"] <= 1.05 * report["read_bound_bytes"], report
+    assert not any("gathered" in warning for warning in report["warnings"])
 
 
 @pytest.mark.slow

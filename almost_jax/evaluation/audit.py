@@ -140,7 +140,8 @@ def _as_is_scores(run: Run, queries: Sequence[Record], responses: Sequence[Recor
     """The as-is reward model's score of every response, None where there is no such model."""
     if not run.exists("as_is_reward", "model"):
         return None
-    scorer = RewardScorer(load_reward_model(run, "as_is_reward", alone=True), run.config.as_is_reward.training.batch_size)
+    model = load_reward_model(run, "as_is_reward", alone=True)
+    scorer = RewardScorer(model, run.config.as_is_reward.training.batch_size)
     texts = {query["id"]: query["text"] for query in queries}
     dialogues: list[list[Turn]] = [
         [{"role": "human", "text": texts[record["query_id"]]}, {"role": "assistant", "text": record["text"]}]

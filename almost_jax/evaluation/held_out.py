@@ -302,7 +302,8 @@ def trained_model(run: Run, folder: str) -> Model:
         InputError: it isn't there.
     """
     if not run.exists(folder):
-        raise InputError(f"{run.path(folder)}: no such model; the stage {folder.split('/')[0]} must finish before the evaluation")
+        stage = folder.split("/")[0]
+        raise InputError(f"{run.path(folder)}: no such model; the stage {stage} must finish before the evaluation")
     return run.load(folder)
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import re
 
-_BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s64": 8, "u64": 8, "f64": 8}
+BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s64": 8, "u64": 8, "f64": 8}
 _HEADER = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _SHAPE = re.compile(r"\b(pred|[suf]\d+|bf16)\[([\d,]*)\]")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)")
@@ -38,8 +38,8 @@ def collectives(text: str) -> dict[str, Traffic]:
         {"all-gather": ..., "all-reduce": ..., "reduce-scatter": ...} and others that occur. The bytes of a gather are
         its result's; of a reduction its operand's.
     """
-    bodies = _computations(text)
-    trips = _trips(bodies)
+    bodies = computations(text)
+    trips = trips_of(bodies)
     found = {name: Traffic() for name in ("all-gather", "all-reduce", "reduce-scatter")}
     seen: set[tuple[str, str]] = set()
     for computation, lines in bodies.items():
@@ -67,7 +67,8 @@ def collectives(text: str) -> dict[str, Traffic]:
     return found
 
 
-def _computations(text: str) -> dict[str, list[str]]:
+def computations(text: str) -> dict[str, list[str]]:
+    """The lines of every computation of a program, by name; the first one's is ENTRY."""
     bodies: dict[str, list[str]] = {}
     current: list[str] | None = None
     for line in text.splitlines():
@@ -81,7 +82,7 @@ def _computations(text: str) -> dict[str, list[str]]:
     return bodies
 
 
-def _trips(bodies: dict[str, list[str]]) -> dict[str, int]:
+def trips_of(bodies: dict[str, list[str]]) -> dict[str, int]:
     """How often each computation runs: the product of the trips of the loops around it."""
     trips = {"ENTRY": 1}
     waiting = ["ENTRY"]
@@ -120,7 +121,7 @@ def _group(line: str) -> int:
 def _size(result: str, started: bool) -> int:
     shapes = _SHAPE.findall(result)
     sizes = [
-        _BYTES.get(kind, 4) * math.prod(int(length) for length in lengths.split(",") if length)
+        BYTES.get(kind, 4) * math.prod(int(length) for length in lengths.split(",") if length)
         for kind, lengths in shapes
     ]
     # A "-start" returns its operand, its result and some flags.

@@ -43,7 +43,7 @@ class Program:
     """Something to compile: a jitted function and the abstract arguments to lower it with.
 
     `parameters`, `optimizer` and `cache` are bytes of its arguments on a device; `knobs` are config keys that change
-    its memory; `kv_heads` are those of its cache.
+    its memory; `heads` are the model's, `kv_heads` those of its cache.
     """
 
     name: str
@@ -53,6 +53,7 @@ class Program:
     optimizer: int
     cache: int
     knobs: tuple[str, ...]
+    heads: int = 0
     kv_heads: int = 0
 
 
@@ -235,17 +236,18 @@ def _score_reward(config: ExperimentConfig, mesh: Mesh) -> Program:
 
 def _sampling(config: ExperimentConfig, mesh: Mesh, kind: str, model: str) -> Program:
     """Prefill writes a batch's prompts into the cache; decode adds one token to every row. Both own the cache."""
-    shape = _shape(config, model)
-    settings = config.demonstrations.sampling if model == config.demonstrations.assistant.model else (
-        config.comparisons.sampling
-    )
-    rows, prompt = settings.batch_size, config.ppo.max_prompt_length
+    # Layers unrolled, as sampling has them: a scan would hold the cache twice.
+    shape = dataclasses.replace(_shape(config, model), scan_layers=False)
+    section = "demonstrations" if model == config.demonstrations.assistant.model else "comparisons"
+    settings = config.demonstrations.sampling if section == "demonstrations" else config.comparisons.sampling
+    rows = settings.batch_size
+    prompt, slots = _row_lengths(config, settings.max_new_tokens, section)
     params = _placed(abstract_params(shape), shardings(logical_axes(shape), mesh), jnp.dtype(config.compute_dtype))
     rules = SamplingRules(
         temperature=settings.temperature, top_p=settings.top_p, top_k=settings.top_k,
         max_new_tokens=settings.max_new_tokens, stop_tokens=(2,),
     )  # fmt: skip
-    cache, formats = _cache(shape, mesh, rows, prompt + settings.max_new_tokens)
+    cache, formats = _cache(shape, mesh, rows, slots)
 
     def step(params: Any, cache: Any, tokens: Any, lengths: Any, keys: Any) -> Any:
         hidden, cache = hidden_states_cached(params, shape, tokens, cache, lengths)
@@ -263,12 +265,23 @@ def _sampling(config: ExperimentConfig, mesh: Mesh, kind: str, model: str) -> Pr
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
     tokens = _rows(mesh, (rows, 1 if kind == "decode" else prompt), jnp.int32)
     arguments = (params, cache, tokens, _rows(mesh, (rows,), jnp.int32), keys)
-    section = "demonstrations" if model == config.demonstrations.assistant.model else "comparisons"
     return Program(
         f"{kind}_{model}", function, arguments, device_bytes(params), 0, device_bytes(cache),
         (f"{section}.sampling.batch_size", f"{section}.sampling.max_new_tokens", "mesh.tensor", "mesh.fsdp"),
-        shape.num_kv_heads,
+        shape.num_heads, shape.num_kv_heads,
     )  # fmt: skip
+
+
+def _row_lengths(config: ExperimentConfig, new_tokens: int, section: str) -> tuple[int, int]:
+    """The tokens of the longest prompt that a row reads, and the slots that it needs in all.
+
+    A query, and in self-play all turns before the last answer.
+    """
+    prompt = config.ppo.max_prompt_length
+    if section == "demonstrations":
+        before = config.demonstrations.max_turns - 1
+        prompt += before * (new_tokens + config.demonstrations.user_sampling.max_new_tokens)
+    return prompt, prompt + new_tokens
 
 
 def _cache(shape: LlamaConfig, mesh: Mesh, rows: int, slots: int) -> tuple[Any, Any]:

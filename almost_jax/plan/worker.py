@@ -21,6 +21,7 @@ from almost_jax.errors import InputError
 from almost_jax.plan.flops import count_flops
 from almost_jax.plan.hlo import Traffic, collectives
 from almost_jax.plan.programs import Program, build, samples
+from almost_jax.plan.reads import read_bytes
 from almost_jax.plan.topologies import Topology, parse_topology
 
 
@@ -49,20 +50,28 @@ def examine(config: ExperimentConfig, topology: Topology, name: str) -> dict[str
 
     Returns:
         "name", "fits", "peak_bytes", "argument_bytes", "temp_bytes", "memory" (parameters, optimizer, cache, rest),
-        "flops" (of all chips), "collectives", "floor_seconds", "warnings", "knobs"; all bytes of one chip.
+        "read_bytes" of a call and "read_bound_bytes" below which it can't be, "flops" (of all chips), "collectives",
+        "floor_seconds", "mesh", "warnings", "knobs"; all bytes of one chip.
     """
     mesh = topology_mesh(topology, config, name)
     with lowering_for("tpu"):
-        program = build(config, mesh, name)
+        try:
+            program = build(config, mesh, name)
+        except ValueError as error:
+            raise InputError(f"{name} on {topology.name}: {_line(error)}") from error
         with jax.set_mesh(mesh):
             traced = program.function.trace(*program.arguments)
             flops = count_flops(traced.jaxpr)
             lowered = traced.lower()
     split = {"parameters": program.parameters, "optimizer": program.optimizer, "cache": program.cache}
     chip = topology.chip
-    read = program.parameters + program.cache + 2 * program.optimizer
-    floor = max(flops / topology.chips / chip.peak_flops, read / chip.bandwidth)
-    report: dict[str, Any] = {"name": name, "flops": flops, "floor_seconds": floor, "knobs": list(program.knobs)}
+    # Every parameter and every key and value once, an optimizer's moments out and in again.
+    bound = program.parameters + program.cache + 2 * program.optimizer
+    floor = max(flops / topology.chips / chip.peak_flops, bound / chip.bandwidth)
+    report: dict[str, Any] = {
+        "name": name, "mesh": dict(mesh.shape), "flops": flops, "floor_seconds": floor, "read_bound_bytes": bound,
+        "knobs": list(program.knobs),
+    }  # fmt: skip
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -71,16 +80,17 @@ def examine(config: ExperimentConfig, topology: Topology, name: str) -> dict[str
             raise
         return report | {
             "fits": False, "peak_bytes": needed, "argument_bytes": None, "temp_bytes": None, "memory": split,
-            "collectives": {}, "warnings": [],
+            "read_bytes": None, "collectives": {}, "warnings": [],
         }  # fmt: skip
     memory = compiled.memory_analysis()
     peak = int(memory.peak_memory_in_bytes)
     unread = []
     try:
-        moved = collectives(compiled.as_text())
+        text = compiled.as_text()
+        moved, read = collectives(text), read_bytes(text)
     except jax.errors.JaxRuntimeError as error:
         # Seen on v5p and v6e with libtpu 0.0.52: the program compiles, but its text can't be made of it.
-        moved = collectives("")
+        moved, read = collectives(""), None
         unread.append(f"the compiler can't print this program: its collectives are unknown ({_line(error)})")
     return report | {
         "fits": peak <= chip.memory_bytes,
@@ -88,12 +98,16 @@ def examine(config: ExperimentConfig, topology: Topology, name: str) -> dict[str
         "argument_bytes": int(memory.argument_size_in_bytes),
         "temp_bytes": int(memory.temp_size_in_bytes),
         "memory": split | {"rest": peak - sum(split.values())},
+        "read_bytes": read,
         "collectives": {kind: vars(traffic) for kind, traffic in moved.items()},
-        "warnings": unread + warnings(config, program, moved, mesh),
+        "warnings": unread + warnings(config, program, moved, mesh, read, int(memory.argument_size_in_bytes)),
     }
 
 
-def warnings(config: ExperimentConfig, program: Program, moved: dict[str, Traffic], mesh: Mesh) -> list[str]:
+def warnings(
+    config: ExperimentConfig, program: Program, moved: dict[str, Traffic], mesh: Mesh, read: int | None,
+    arguments: int,
+) -> list[str]:  # fmt: skip
     """What is legal but likely not meant."""
     found = []
     trains = program.optimizer > 0
@@ -106,16 +120,33 @@ def warnings(config: ExperimentConfig, program: Program, moved: dict[str, Traffi
         found.append("gradients are summed over chips in bfloat16 (mesh.gradient_dtype)")
     if program.cache and moved["all-gather"].bytes > program.parameters:
         found.append(
-            f"{moved['all-gather'].bytes / 1e9:.1f} GB are gathered for each call, weights mostly: to sample, split "
-            "them over mesh.tensor instead of mesh.fsdp"
+            f"{moved['all-gather'].bytes / 1e9:.1f} GB are gathered for each call, weights mostly: to sample, give "
+            "mesh.sampling"
         )
-    if program.cache and mesh.shape["tensor"] > 1:
-        heads = program.kv_heads % mesh.shape["tensor"]
-        if heads:
-            found.append(
-                f"{program.kv_heads} key/value heads can't be split over mesh.tensor {mesh.shape['tensor']}: the cache "
-                "is whole on each of its chips"
-            )
+    decodes = program.name.startswith("decode_")
+    if decodes and read is not None and read > 1.2 * (program.parameters + program.cache):
+        found.append(
+            f"a step reads {read / 1e9:.1f} GB, {read / (program.parameters + program.cache):.2f} times weights and "
+            "cache: the compiler copies the cache, or parts of it, into another layout"
+        )
+    content = program.parameters + program.optimizer + program.cache
+    if arguments > 1.05 * content + 2**26:
+        found.append(
+            f"arguments take {arguments / 1e9:.2f} GB for {content / 1e9:.2f} GB of content: parts that don't fill the "
+            "chip's tiles (8 x 128) are padded, heads of 64 say, or dimensions split too finely"
+        )
+    tensor = mesh.shape["tensor"]
+    if program.cache and program.kv_heads % tensor:
+        found.append(
+            f"{program.kv_heads} key/value heads can't be split over tensor {tensor}: the cache is whole on each of "
+            "its chips"
+        )
+    if program.heads % tensor:
+        padded = -(-program.heads // tensor) * tensor
+        found.append(
+            f"{program.heads} heads over tensor {tensor} are padded to {padded}: {padded / program.heads - 1:.0%} of "
+            "attention's work is for nothing"
+        )
     return found
 
 
