@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from almost_jax.config import ExperimentConfig
-from almost_jax.core.heads import HEAD
-from almost_jax.core.llama import LlamaConfig, Params, logical_axes
+from almost_jax.core.heads import HEAD, head_axes
+from almost_jax.core.llama import LlamaConfig, Params, logical_axes, unstack_layers
 from almost_jax.core.partitioning import make_sampling_mesh, shardings
 from almost_jax.core.train import is_matrix
 from almost_jax.errors import InputError
@@ -106,11 +106,12 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-@functools.partial(jax.jit, static_argnames="dtype")
-def _matrices_in(params: Params, dtype: str) -> Params:
-    """A model's matrices in a dtype; vectors (scales, a scalar head) as they are."""
+@functools.partial(jax.jit, static_argnames="config")
+def _sampled_from(params: Params, config: LlamaConfig) -> Params:
+    """Layers unrolled, matrices in the compute dtype, vectors (scales, a scalar head) as they are."""
+    flat = unstack_layers(params, config.num_layers) if config.scan_layers else params
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf.astype(dtype) if is_matrix(path) else leaf, params
+        lambda path, leaf: leaf.astype(config.dtype) if is_matrix(path) else leaf, flat
     )
 
 
@@ -185,16 +186,17 @@ class Run:
         """
         return self._loaded_onto(str(self.path(*parts)), self.sampling_mesh)
 
-    def to_sample(self, params: Params, config: LlamaConfig) -> Params:
-        """Parameters that are trained, where and as `sampling_mesh` samples from them.
+    def to_sample(self, params: Params, config: LlamaConfig) -> tuple[Params, LlamaConfig]:
+        """Parameters that are trained, and their config, where and as `sampling_mesh` samples from them.
 
-        A mesh of its own has matrices in the compute dtype, in which they are multiplied anyway; scales stay.
+        A mesh of its own has layers unrolled (a scan would hold the cache twice) and matrices in the compute dtype, in
+        which they are multiplied anyway.
         """
         if self.config.mesh.sampling is None:
-            return params
-        placement = shardings(logical_axes(config), self.sampling_mesh)
-        matrices = {name: leaf for name, leaf in params.items() if name != HEAD}
-        return jax.device_put(_matrices_in(matrices, config.dtype), placement)
+            return params, config
+        flat = dataclasses.replace(config, scan_layers=False)
+        placement = shardings({**logical_axes(flat), **(head_axes() if HEAD in params else {})}, self.sampling_mesh)
+        return jax.device_put(_sampled_from(params, config), placement), flat
 
     def _kept(self, name: str, mesh: Mesh) -> Model:
         if name not in self.config.models:
@@ -213,7 +215,8 @@ class Run:
         found = load_model(source, mesh, self.config.compute_dtype)
         if mesh is self.mesh:
             return found
-        return dataclasses.replace(found, params=_matrices_in(found.params, found.config.dtype))
+        params, config = self.to_sample(found.params, found.config)
+        return dataclasses.replace(found, params=params, config=config)
 
     @contextmanager
     def progress(self, description: str, total: int, done: int = 0) -> Iterator[ProgressReport]:

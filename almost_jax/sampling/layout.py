@@ -24,12 +24,13 @@ def decode_layout(params: Params, config: LlamaConfig, platform: str) -> tuple[P
 
 
 def sampling_layout(params: Params, config: LlamaConfig, platform: str) -> tuple[Params, LlamaConfig]:
-    """The tree and config that the engine samples with: `decode_layout`, and on "cpu" kernels with outputs first.
+    """The tree and config that the engine samples with: layers unrolled, and on "cpu" kernels with outputs first.
 
     A CPU multiplies few rows by a matrix at up to twice the speed when the contracted dimension lies together and is
     long (LOG.md has figures); a copy of the kernels is what it costs. Other devices choose layouts by themselves.
     """
-    params, config = decode_layout(params, config, platform)
+    # A scan that is given a cache and gives one back holds it twice on a TPU (LOG.md).
+    params, config = decode_layout(params, config, "cpu")
     if platform != "cpu" or config.out_in:
         return params, config
     return _turned(params, config), dataclasses.replace(config, out_in=True)

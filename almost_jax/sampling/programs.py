@@ -17,7 +17,7 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from almost_jax.core.llama import Cache, LlamaConfig, Params, Prefix, empty_cache, prefill_prefix
-from almost_jax.core.partitioning import RULES, partition_spec
+from almost_jax.core.partitioning import partition_spec, row_parts, rules_for
 from almost_jax.sampling import sampler
 from almost_jax.sampling.rules import SamplingRules
 from almost_jax.sampling.sampler import Drawn, Slots
@@ -44,13 +44,13 @@ class Place:
     @property
     def rows(self) -> int:
         """The number of parts into which a batch's rows are split."""
-        return 1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        return 1 if self.mesh is None else row_parts(self.mesh)
 
     def sharding(self, *axes: str | None) -> jax.sharding.Sharding:
         """Of an array whose dimensions have these logical names."""
         if self.mesh is None:
             return SingleDeviceSharding(self.device)
-        return NamedSharding(self.mesh, partition_spec(axes))
+        return NamedSharding(self.mesh, partition_spec(axes, rules_for(self.mesh)))
 
     @property
     def whole(self) -> jax.sharding.Sharding:
@@ -248,18 +248,18 @@ def _compile(
 
 def _cache_shardings(config: LlamaConfig, place: Place) -> Cache:
     heads: str | None = "activation_kv_heads"
-    if place.mesh is not None and config.num_kv_heads % place.mesh.shape[str(dict(RULES)["activation_kv_heads"])]:
+    if place.mesh is not None and config.num_kv_heads % place.mesh.shape["tensor"]:
         heads = None
-    axes = ("batch", heads, None, None)
+    axes = ("rows", heads, None, None)
     one = place.sharding(None, *axes) if config.scan_layers else place.sharding(*axes)
     leaves: Any = one if config.scan_layers else (one,) * config.num_layers
-    row: Any = place.sharding("batch")
+    row: Any = place.sharding("rows")
     return Cache(leaves, leaves, row)
 
 
 def _slots_shardings(config: LlamaConfig, place: Place) -> Slots:
-    row: Any = place.sharding("batch")
-    pair: Any = place.sharding("batch", None)
+    row: Any = place.sharding("rows")
+    pair: Any = place.sharding("rows", None)
     return Slots(_cache_shardings(config, place), last=row, keys=pair, drawn=row, limits=row, running=row)
 
 
@@ -291,7 +291,7 @@ def _compiled_cache(shapes: Any, place: Place, config: LlamaConfig, rows: int, s
 
 @functools.lru_cache(maxsize=_KEPT)
 def _compiled_prefill(shapes: Any, place: Place, config: LlamaConfig) -> Any:
-    outputs = place.sharding("batch", None), _cache_shardings(config, place)
+    outputs = place.sharding("rows", None), _cache_shardings(config, place)
     return _compile(
         lambda params, tokens, n, kept, prefix: sampler.prefill(params, config, tokens, n, kept, prefix),
         shapes, place, outputs, (3,),

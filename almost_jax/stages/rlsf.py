@@ -164,9 +164,11 @@ def draw(run: Run, state: PpoState, actors: Actors, prompts: Prompts, rows: np.n
         Request(f"{step}/{place}", tuple(prompts.tokens[row, : prompts.lengths[row]].tolist()))
         for place, row in enumerate(rows)
     ]
+    # With a mesh for sampling the policy goes there for as long as this takes.
+    params, policy = run.to_sample(state.policy.params, actors.players.policy)
     completions = generate(
-        state.policy.params,
-        actors.players.policy,
+        params,
+        policy,
         requests,
         actors.rules,
         engine_settings(run.config.ppo.sampling),
