@@ -49,6 +49,7 @@ demonstrations:
   user_sampling: {{max_new_tokens: 6, batch_size: 16}}
 sft: {{training: {{batch_size: 4, checkpoint_every: 1}}}}
 ppo: {{steps: 2, batch_size: 8, sampling: {{max_new_tokens: 6, batch_size: 8}}, checkpoint_every: 1, sample_every: 1}}
+audit: {{queries: 0}}
 evaluation: {{gold: false, prompted: null}}
 """
 
@@ -75,7 +76,6 @@ class Processes:
         environment = {
             **os.environ,
             "JAX_PLATFORMS": "cpu",
-            "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo" if processes > 1 else "none",
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={self.devices // processes}",
             "XDG_CACHE_HOME": str(CACHE),
             "PYTHONPATH": str(ROOT),
