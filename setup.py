@@ -50,6 +50,8 @@ EXTRAS = {
     ],
     # accelerate is what transformers reads GGUF files with.
     "parity": ["torch>=2.13.0", "accelerate>=1.15.0"],
+    # lm-evaluation-harness, for which there is a model class; its own transformers backend needs torch as well.
+    "eval": ["lm-eval>=0.4.13"],
     # What `make bench` compares with; Tunix stands apart, in tests/benchmarks/tunix.txt.
     "bench": ["torch>=2.13.0"],
 }

@@ -1,4 +1,4 @@
-"""The command line: run, sweep, status, report, import, export, score, chat, plan."""
+"""The command line: run, sweep, status, report, import, export, score, evaluate, lm-eval, chat, plan."""
 
 import datetime
 import os
@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from almost_jax.commands import chat, judge, models, scoring
+from almost_jax.commands import chat, evaluate, harness, judge, models, scoring
 from almost_jax.commands.plan import plan_command
 from almost_jax.errors import InputError, TrainingDiverged
 from almost_jax.experiments import load_experiment, load_sweep
@@ -140,6 +140,9 @@ app.command("import")(models.import_command)
 app.command("export")(models.export_command)
 app.command("score")(scoring.score_command)
 app.command("chat")(chat.chat_command)
+app.add_typer(evaluate.app, name="evaluate")
+# What it takes is the harness's business.
+app.command("lm-eval", context_settings={"ignore_unknown_options": True})(harness.harness_command)
 app.command("plan")(plan_command)
 app.command("judge")(judge.vicuna_command)
 app.command("reviews")(judge.reviews_command)

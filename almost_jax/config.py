@@ -475,12 +475,46 @@ class PpoConfig(Section):
         return self.kl_coef > 0 or self.kl_controller == "adaptive" or self.keep_reference
 
 
+class StaticConfig(Section):
+    """A static benchmark, HHH or TruthfulQA: its questions from a file, or from the hub when `data` is not given."""
+
+    data: Text | None = None
+    batch_size: PositiveInt = 16
+
+
+class VicunaConfig(Section):
+    """Answers to open questions before a judge, each policy against one other.
+
+    `questions` is a jsonl file of question_id and text or turns; `against` one of the run's policies (vanilla,
+    sft_self_play, sft, rlsf) or a jsonl file of answers. `judge` is `reward_model`, the run's own, or a model's name at
+    an OpenAI-compatible endpoint: then the keys from `url` on say how it is asked and what a run may spend. `prompt` is
+    how the vanilla model is asked: `NAME:K`, K demonstrations of NAME, or `plain`.
+    """
+
+    questions: Text
+    against: Text = "vanilla"
+    judge: Text = "reward_model"
+    prompt: Text = "plain"
+    sampling: SamplingConfig = SamplingConfig()
+    url: Text = "https://api.openai.com/v1"
+    key_variable: Text = "OPENAI_API_KEY"
+    concurrency: PositiveInt = 4
+    timeout: Positive = 120.0
+    attempts: PositiveInt = 6
+    pause: NonNegative = 1.0
+    reply_tokens: PositiveInt = 1024
+    max_requests: NonNegativeInt = 1000
+    max_tokens: NonNegativeInt = 2_000_000
+
+
 class EvaluationConfig(Section):
     """Evaluation on held-out queries: by the gold score in the micro-world, elsewhere by the reward models.
 
     Elsewhere the queries are the first `queries` of `questions`: the name of a yaml file in stages/prompts, or a path
     to a yaml or jsonl file. In the micro-world choose settings on the `development` queries; `test` is for the figures
     that are reported.
+
+    Benchmarks are off unless given, if only as `{}`.
     """
 
     gold: Flag = False
@@ -492,6 +526,9 @@ class EvaluationConfig(Section):
     prompted: PromptedModel | None = None
     sampling: SamplingConfig = SamplingConfig()
     bootstrap_samples: PositiveInt = 2000
+    hhh: StaticConfig | None = None
+    truthfulqa: StaticConfig | None = None
+    vicuna: VicunaConfig | None = None
 
 
 class ExperimentConfig(Section):

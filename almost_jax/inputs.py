@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import almost_jax
 from almost_jax.config import ExperimentConfig, PromptedModel
 from almost_jax.errors import InputError
+from almost_jax.evaluation.benchmark_stage import POLICIES
 from almost_jax.stages.templates import demonstrations_text, prompt_file
 from almost_jax.stages.votes import votes_are_a_file
 
@@ -19,7 +20,13 @@ PACKAGE = Path(almost_jax.__file__).resolve().parent
 
 # Keys that change how a stage computes, but (up to rounding) not what: they make nothing stale, so that a run that went
 # out of memory can go on with smaller batches.
-NEUTRAL = ("sampling.batch_size", "user_sampling.batch_size", "micro_batches", "checkpoint_every", "log_every")
+NEUTRAL = (
+    *("sampling.batch_size", "user_sampling.batch_size", "hhh.batch_size", "truthfulqa.batch_size"),
+    *("micro_batches", "checkpoint_every", "log_every"),
+    # How long a judge is waited for and what a run may spend on it.
+    *(f"vicuna.{key}" for key in ("concurrency", "timeout", "attempts", "pause", "max_requests", "max_tokens")),
+    "vicuna.key_variable",
+)
 # Files up to this size are told apart by their content, larger ones by size and time of change.
 HASHED_BYTES = 64 * 2**20
 
@@ -133,6 +140,14 @@ def _files(config: ExperimentConfig) -> Iterator[tuple[str, Path]]:
         yield "queries.self_instruct.seeds", prompt_file(config.queries.self_instruct.seeds)
     if config.evaluation.questions is not None:
         yield "evaluation.questions", prompt_file(config.evaluation.questions)
+    for name in ("hhh", "truthfulqa"):
+        section = getattr(config.evaluation, name)
+        if section is not None and section.data is not None:
+            yield f"evaluation.{name}.data", Path(section.data)
+    if config.evaluation.vicuna is not None:
+        yield "evaluation.vicuna.questions", Path(config.evaluation.vicuna.questions)
+        if config.evaluation.vicuna.against not in POLICIES:
+            yield "evaluation.vicuna.against", Path(config.evaluation.vicuna.against)
     if votes_are_a_file(config.as_is_reward.votes):
         yield "as_is_reward.votes", Path(config.as_is_reward.votes)
 

@@ -20,10 +20,10 @@ from typing import Any, Literal, TypeAlias
 from jax.sharding import Mesh
 from rich.console import Console
 
-from almost_jax.config import ExperimentConfig
+from almost_jax.config import EvaluationConfig, ExperimentConfig
 from almost_jax.core.partitioning import make_mesh
 from almost_jax.errors import InputError
-from almost_jax.evaluation import audit
+from almost_jax.evaluation import audit, benchmark_stage
 from almost_jax.evaluation.held_out import run_stage as draw_held_out_queries
 from almost_jax.evaluation.stage import run_stage as evaluation_stage
 from almost_jax.experiments import dump_experiment
@@ -70,6 +70,8 @@ class Stage:
     alone: bool = False
 
 
+# The sections of `evaluation` that the stage `benchmarks` reads.
+BENCHMARKS = ("hhh", "truthfulqa", "vicuna")
 # The one key of the mesh that changes more than the last bits of a result.
 _SUMS = "mesh.gradient_dtype"
 
@@ -135,15 +137,22 @@ STAGES: tuple[Stage, ...] = (
     Stage(
         "evaluation",
         evaluation_stage,
-        ("evaluation",),
+        tuple(f"evaluation.{key}" for key in EvaluationConfig.model_fields if key not in BENCHMARKS),
         ("evaluation_queries", "as_is_reward", "comparisons", "reward", "demonstrations", "sft", "rlsf"),
-        ("evaluation",),
+        tuple(f"evaluation/{name}" for name in ("items.jsonl", "played.jsonl", "scores.json", "gold.json")),
+    ),
+    Stage(
+        "benchmarks",
+        benchmark_stage.run_stage,
+        (*(f"evaluation.{key}" for key in BENCHMARKS), "evaluation.bootstrap_samples", "sft.model"),
+        ("as_is_reward", "reward", "sft", "rlsf"),
+        tuple(f"evaluation/{name}{end}" for name in BENCHMARKS for end in ("", ".json")),
     ),
     Stage(
         "report",
         page.run_stage,
         ("name",),
-        ("audit", "evaluation"),
+        ("audit", "evaluation", "benchmarks"),
         ("report.md", "report.html", "figures"),
         alone=True,
     ),

@@ -155,10 +155,10 @@ def test_a_failed_stage_says_so_and_resumes(bench: Bench) -> None:
 def test_a_changed_key_makes_its_stage_and_what_follows_stale_and_says_why(bench: Bench) -> None:
     bench()
     before = bench.files()
-    assert bench(["ppo.kl_coef=0.1"]) == ["rlsf", "evaluation", "report"]
+    assert bench(["ppo.kl_coef=0.1"]) == ["rlsf", "evaluation", "benchmarks", "report"]
     assert "rlsf: stale: ppo.kl_coef: 0.05 -> 0.1\n" in bench.lines
     assert "evaluation: stale: upstream rlsf is stale\n" in bench.lines
-    assert "report: stale: upstream evaluation is stale\n" in bench.lines
+    assert "report: stale: upstream evaluation is stale, upstream benchmarks is stale\n" in bench.lines
     after = bench.files()
     changed = {path.split("/")[0] for path in before if before[path] != after[path]}
     assert changed == {"rlsf", "evaluation", "report.md", "report.html", "figures"}
@@ -217,6 +217,7 @@ def test_a_kill_while_outputs_come_back_loses_nothing(bench: Bench, monkeypatch:
         ("demonstrations.n=2", "demonstrations"),
         ("sft.training.epochs=2", "sft"),
         ("evaluation.best_of=2", "evaluation"),
+        ("evaluation.hhh={}", "benchmarks"),
         ("name=other", "report"),
     ],
 )

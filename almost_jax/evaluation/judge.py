@@ -116,12 +116,6 @@ class _CapReached(Exception):
     """The next request could go over the run's cap."""
 
 
-def pair_messages(question: str, first: str, second: str) -> list[dict[str, str]]:
-    """The chat that asks for two scores, `first` being shown as Assistant 1."""
-    text = TEMPLATE.format(question=question, first=first, second=second)
-    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}]
-
-
 def parse_scores(text: str) -> tuple[float, float] | None:
     """The two scores on a reply's first line ("8 9", "8, 9" or "8/10 9/10"); None when it hasn't two from 0 to 10."""
     match = _SCORES.fullmatch(text.lstrip().split("\n", 1)[0].strip())

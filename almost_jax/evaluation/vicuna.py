@@ -13,9 +13,13 @@ import numpy as np
 from scipy.special import expit
 
 from almost_jax.errors import InputError
-from almost_jax.evaluation.judge import Judge, Reply, pair_messages, parse_scores
+from almost_jax.evaluation.choices import dialogue_rewards
+from almost_jax.evaluation.judge import Judge, Reply, parse_scores
+from almost_jax.evaluation.judge_prompts import SCORES, JudgePrompt
 from almost_jax.evaluation.statistics import LEVEL, Bootstrap, Clusters, interval
+from almost_jax.io.models import Model
 from almost_jax.io.records import Record, read_records
+from almost_jax.stages.templates import Turn
 
 VERDICTS = ("win", "tie", "loss")
 _VALUE = {"win": 1.0, "tie": 0.5, "loss": 0.0}
@@ -34,53 +38,114 @@ def read_pairs(questions: Path, first: Path, second: Path) -> list[Record]:
     Raises:
         InputError: a missing field, an id twice, or a question without an answer; names the file.
     """
-    asked = _by_question(questions)
-    answers = [(_by_question(path), path) for path in (first, second)]
-    for found, path in answers:
-        if missing := [key for key in asked if key not in found]:
-            raise InputError(f"{path}: no answer to question_id {missing[0]!r} ({len(missing)} missing)")
-    pairs = []
-    for key, record in asked.items():
+    asked = read_questions(questions)
+    return make_pairs(asked, *(read_answers(path, asked) for path in (first, second)))
+
+
+def read_questions(path: Path) -> list[Record]:
+    """The questions of a file in order: {"question_id", "question"}; of several turns the first.
+
+    Raises:
+        InputError: a missing field, or an id twice; names the file.
+    """
+    questions = []
+    for key, record in _by_question(path).items():
         turns = record.get("turns")
-        question = turns[0] if isinstance(turns, list) and turns else record.get("text")
-        texts = [found[key].get("text") for found, _ in answers]
-        for text, path in zip((question, *texts), (questions, first, second), strict=True):
-            if not isinstance(text, str):
-                raise InputError(f"{path}, question_id {key!r}: text is {text!r}; expected a text")
-        pairs.append({"question_id": key, "question": question, "first": texts[0], "second": texts[1]})
-    if not pairs:
-        raise InputError(f"{questions}: no questions")
-    return pairs
+        text = turns[0] if isinstance(turns, list) and turns else record.get("text")
+        if not isinstance(text, str):
+            raise InputError(f"{path}, question_id {key!r}: text is {text!r}; expected a text")
+        questions.append({"question_id": key, "question": text})
+    if not questions:
+        raise InputError(f"{path}: no questions")
+    return questions
 
 
-def judge_pairs(pairs: Sequence[Record], judge: Judge) -> list[Record]:
+def read_answers(path: Path, questions: Sequence[Record]) -> list[Record]:
+    """The answers of a file to these questions, in their order: {"question_id", "text"} with what else stands there.
+
+    Raises:
+        InputError: a missing field, an id twice, or a question without an answer; names the file.
+    """
+    found = _by_question(path)
+    if missing := [one["question_id"] for one in questions if one["question_id"] not in found]:
+        raise InputError(f"{path}: no answer to question_id {missing[0]!r} ({len(missing)} missing)")
+    answers = [found[one["question_id"]] for one in questions]
+    for one in answers:
+        text = one.get("text")
+        if not isinstance(text, str):
+            raise InputError(f"{path}, question_id {one['question_id']!r}: text is {text!r}; expected a text")
+    return answers
+
+
+def make_pairs(questions: Sequence[Record], first: Sequence[Record], second: Sequence[Record]) -> list[Record]:
+    """Questions with both models' answers, all three in one order, as `read_pairs` gives them."""
+    return [
+        {**question, "first": one["text"], "second": other["text"]}
+        for question, one, other in zip(questions, first, second, strict=True)
+    ]
+
+
+def judge_pairs(pairs: Sequence[Record], judge: Judge, prompt: JudgePrompt = SCORES) -> list[Record]:
     """Every pair in both orders, as items of `judged_item`, in the order of `pairs`.
 
     Raises:
         InputError: the judge's server refuses; replies that came before are kept.
     """
     chats = [
-        pair_messages(pair["question"], *texts)
+        prompt.messages(pair["question"], *texts)
         for pair in pairs
         for texts in ((pair["first"], pair["second"]), (pair["second"], pair["first"]))
     ]
     replies = judge.ask(chats)
-    return [judged_item(pair, *replies[2 * place : 2 * place + 2]) for place, pair in enumerate(pairs)]
+    return [
+        judged_item(pair, replies[2 * place], replies[2 * place + 1], prompt) for place, pair in enumerate(pairs)
+    ]
 
 
-def judged_item(pair: Record, straight: Reply, swapped: Reply) -> Record:
+def score_pairs(pairs: Sequence[Record], model: Model, batch_size: int) -> list[Record]:
+    """Every pair by a reward model, which sees one answer at a time: items of `judged_item` with one order, no reply.
+
+    Raises:
+        InputError: the model isn't a reward model.
+    """
+    if model.kind != "reward":
+        raise InputError(f"model {model.name!r} is a {model.kind}; expected a reward model as judge")
+    dialogues: list[list[Turn]] = [
+        [{"role": "human", "text": pair["question"]}, {"role": "assistant", "text": pair[side]}]
+        for pair in pairs
+        for side in ("first", "second")
+    ]
+    rewards, _ = dialogue_rewards(model, dialogues, batch_size)
+    items = []
+    for place, pair in enumerate(pairs):
+        scores = [float(one) for one in rewards[2 * place : 2 * place + 2]]
+        items.append(
+            {
+                "question_id": pair["question_id"],
+                "verdict": VERDICTS[1 - _sign(scores)],
+                "winners": [_sign(scores)],
+                "scores": [scores],
+                "lengths": [len(pair["first"]), len(pair["second"])],
+                "replies": [],
+            }
+        )
+    return items
+
+
+def judged_item(pair: Record, straight: Reply, swapped: Reply, prompt: JudgePrompt = SCORES) -> Record:
     """The verdict on `first` from two replies, in `swapped` of which the second answer was shown first.
 
     Returns:
         {"question_id", "verdict": win, tie, loss or None, "winners": 1, 0 or -1 by order (1: `first` is better; None:
-        unread), "scores": [first, second] by order, "lengths": characters of both, "replies": text and error by order}.
+        unread), "scores": [first, second] by order (None where the prompt asks for a letter), "lengths": characters of
+        both, "replies": text and error by order}.
     """
-    readings = [None if reply.text is None else parse_scores(reply.text) for reply in (straight, swapped)]
-    scores = [
-        None if reading is None else list(reading if place == 0 else reading[::-1])
-        for place, reading in enumerate(readings)
-    ]
-    winners = [None if one is None else _sign(one) for one in scores]
+    winners: list[int | None] = []
+    scores: list[list[float] | None] = []
+    for place, reply in enumerate((straight, swapped)):
+        winner, found = (None, None) if reply.text is None else prompt.read(reply.text)
+        winners.append(winner if winner is None or place == 0 else -winner)
+        scores.append(found if found is None or place == 0 else found[::-1])
     verdict = None
     if winners[0] is not None and winners[1] is not None:
         verdict = VERDICTS[1 - winners[0]] if winners[0] == winners[1] else "tie"

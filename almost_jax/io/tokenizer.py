@@ -71,6 +71,11 @@ class Tokenizer:
         return ids[0] if len(ids) == 1 and ids[0] != self._backend.unk_token_id else None
 
     @property
+    def backend(self) -> Any:
+        """The transformers tokenizer itself, for libraries that ask for one."""
+        return self._backend
+
+    @property
     def has_chat_template(self) -> bool:
         """Whether the tokenizer says how a dialogue is written."""
         return bool(self._backend.chat_template)

@@ -15,6 +15,7 @@ from almost_jax.errors import InputError
 from almost_jax.evaluation.analyses import DEFINITIONS, POLICIES
 from almost_jax.io.records import Record, iter_records, read_records
 from almost_jax.report import plots, scored, tables
+from almost_jax.report.benchmarks import benchmark_tables
 from almost_jax.report.blocks import INTERVALS, Block, Dialogue, FigureBlock, Listing, Section, TableBlock
 from almost_jax.report.tables import Claim, Table, Verdict
 from almost_jax.stages.templates import load_yaml
@@ -103,6 +104,7 @@ def sections(material: Material) -> list[Section]:
     else:
         found.append(Section("Comparisons", _comparisons(material)))
     found += [
+        Section("Benchmarks", [TableBlock(*one) for one in benchmark_tables(material.directory)]),
         Section("Sample responses", _dialogues(material)),
         Section("Sample self-play", _self_play(material) if material.gold is None else []),
         Section("Training", _training(material)),

@@ -249,7 +249,14 @@ def train_reward_model(
         chosen_scores = scores(state.params, [pair.chosen for pair in test])
         rejected_scores = scores(state.params, [pair.rejected for pair in test])
     model = dataclasses.replace(
-        source, params=state.params, kind="reward", reward_mean=mean, reward_std=std, name=f"{run.config.name}/{name}"
+        source,
+        params=state.params,
+        kind="reward",
+        reward_mean=mean,
+        reward_std=std,
+        name=f"{run.config.name}/{name}",
+        # Whatever the source says of itself: `text_tokens` put the end of text there.
+        score_at_end=True,
     )
     save_model(run.path(name, "model"), model)
     summary = {

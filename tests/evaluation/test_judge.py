@@ -1,6 +1,8 @@
 """The judge against a real server on this machine that misbehaves: nothing is lost, nothing is paid twice."""
 
 import json
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -14,7 +16,8 @@ import pytest
 from almost_jax import cli
 from almost_jax.errors import InputError
 from almost_jax.evaluation import vicuna
-from almost_jax.evaluation.judge import Endpoint, Judge, Reply, pair_messages, parse_scores
+from almost_jax.evaluation.judge import Endpoint, Judge, Reply, parse_scores
+from almost_jax.evaluation.judge_prompts import SCORES, read_prompt
 from almost_jax.evaluation.statistics import Bootstrap
 from almost_jax.io.records import read_records, write_records
 
@@ -33,6 +36,7 @@ class Server(ThreadingHTTPServer):
         self.paid: Counter[str] = Counter()
         self.keys: set[str | None] = set()
         self.lock = threading.Lock()
+        self.release = threading.Event()
         self.fault: Callable[[str, int], str | None] = lambda text, time: None
         self.answer: Callable[[str], str] = lambda text: "8 6\nThe first is better."
 
@@ -59,6 +63,10 @@ class Handler(BaseHTTPRequestHandler):
             fault = "404"
         if fault is not None and fault.isdigit():
             return self.send(int(fault), f'{{"error": "no {self.headers["authorization"]}"}}'.encode())
+        if fault == "held":
+            self.server.release.wait(60)
+            self.close_connection = True
+            return None
         if fault == "slow":
             time.sleep(1.5)
             self.close_connection = True
@@ -114,7 +122,7 @@ def endpoint(url: str, **changes: Any) -> Endpoint:
 
 
 def chats(size: int) -> list[list[dict[str, str]]]:
-    return [pair_messages(f"question {number}?", "one", "two") for number in range(size)]
+    return [SCORES.messages(f"question {number}?", "one", "two") for number in range(size)]
 
 
 def pairs(size: int) -> list[dict[str, Any]]:
@@ -262,3 +270,103 @@ def test_the_command_shows_what_it_could_not_read_and_goes_on(
     items = read_records(tmp_path / "out" / "items.jsonl")
     assert [item["verdict"] for item in items] == ["tie", "tie", None]
     assert vicuna.judged_item(made[0], Reply("1 2"), Reply("2 1"))["verdict"] == "loss"
+
+
+def arguments_of(server: Server, folder: Path, made: list[dict[str, Any]]) -> list[str]:
+    """`evaluate vicuna` over two files of answers."""
+    write_records(folder / "q.jsonl", ({"question_id": one["question_id"], "text": one["question"]} for one in made))
+    for side in ("first", "second"):
+        rows = ({"question_id": one["question_id"], "text": one[side]} for one in made)
+        write_records(folder / f"{side}.jsonl", rows)
+    given = {
+        "--model": folder / "first.jsonl",
+        "--against": folder / "second.jsonl",
+        "--data": folder / "q.jsonl",
+        "--judge": "judge-1",
+        "--url": server.url,
+        "--key-variable": "JUDGE_KEY",
+        "--pause": 0,
+        "--attempts": 2,
+        "--out": folder / "vicuna.json",
+    }
+    return ["evaluate", "vicuna", *(str(part) for pair in given.items() for part in pair)]
+
+
+def test_evaluate_vicuna_keeps_what_it_paid_for(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = arguments_of(server, tmp_path, pairs(4))
+    server.fault = lambda text, time: ("429", "cut", "garbage", None)[int(text[text.index("?") - 1])]
+    server.answer = lambda text: "No idea." if "question 3?" in text else "8 6"
+    for code in (1, 0, 0):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(arguments)
+        assert ended.value.code == code
+        shown = capsys.readouterr().out
+        assert "question 3: no verdict in 'No idea.'" in shown and KEY not in shown
+        server.fault = lambda text, time: None
+    assert set(server.paid.values()) == {1} and len(server.paid) == 8
+    found = json.loads((tmp_path / "vicuna.json").read_text(encoding="utf-8"))
+    assert (found["win"], found["tie"], found["loss"], found["unparsed"]) == (0, 3, 0, 1)
+    assert found["flips"] == {"pairs": 3, "disagreements": 3, "flips": 3, "first_place": 3}
+    assert found["items"][0]["answers"] == ["a longer one", "two"] and found["length_controlled"]["n"] == 3
+
+
+def test_28_a_killed_call_asks_only_for_what_is_missing(server: Server, tmp_path: Path) -> None:
+    arguments = arguments_of(server, tmp_path, pairs(3))
+    reached, release = threading.Event(), threading.Event()
+
+    def fault(text: str, time: int) -> str | None:
+        # Nothing is answered, and nothing paid, from the fourth request on.
+        if len(server.asked) > 3:
+            reached.set()
+            return "held"
+        return None
+
+    server.fault, server.release = fault, release
+    command = [sys.executable, "-m", "almost_jax", *arguments, "--concurrency", "1"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        assert reached.wait(120)
+        process.kill()
+    release.set()
+    server.fault = lambda text, time: None
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    assert ended.value.code == 0 and len(server.paid) == 6 and set(server.paid.values()) == {1}
+    assert sum(server.asked.values()) == 7, "the request that was under way is the one that is asked again"
+
+
+def test_letters_are_read_with_prompts_of_fastchats_file(server: Server, tmp_path: Path) -> None:
+    rows = [
+        {
+            "name": name,
+            "type": kind,
+            "system_prompt": "Judge.",
+            "prompt_template": template,
+            "output_format": "[[A]]",
+        }
+        for name, kind, template in (
+            ("pair", "pairwise", "Q {question}\nA {answer_a}\nB {answer_b}"),
+            ("math", "pairwise", "Q {question} {ref_answer_1} {answer_a} {answer_b}"),
+            ("single", "single", "Q {question} {answer}"),
+        )
+    ]
+    write_records(tmp_path / "prompts.jsonl", rows)
+    for name, said in (("math", "'ref_answer_1'"), ("single", "expected a pairwise"), ("other", "it has pair, math")):
+        with pytest.raises(InputError, match=said):
+            read_prompt(tmp_path / "prompts.jsonl", name)
+    prompt = read_prompt(tmp_path / "prompts.jsonl", "pair")
+
+    def answer(text: str) -> str:
+        straight = text.index("a longer one") < text.index("B ")
+        if "question 0?" in text:
+            return "Better: [[A]]" if straight else "So [[B]], as [[B]] said."
+        if "question 1?" in text:
+            return "[[A]]"
+        return "[[C]]" if straight else "[[A]] or [[B]]"
+
+    server.answer = answer
+    items = vicuna.judge_pairs(pairs(3), Judge(endpoint(server.url), tmp_path / "replies"), prompt)
+    assert [item["verdict"] for item in items] == ["win", "tie", None]
+    assert [item["winners"] for item in items] == [[1, 1], [1, -1], [0, None]]
+    assert items[0]["scores"] == [None, None]

@@ -1,6 +1,6 @@
 """Win rates, rates at equal length, agreement of judges, and the recorded reviews of GPT-4."""
 
-import os
+import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +11,13 @@ from almost_jax.evaluation import vicuna
 from almost_jax.evaluation.statistics import Bootstrap
 from almost_jax.io.records import write_records
 
+_spec = importlib.util.spec_from_file_location("harness_tasks", Path(__file__).with_name("harness_tasks.py"))
+assert _spec is not None and _spec.loader is not None
+_tasks = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_tasks)
+
 BOOTSTRAP = Bootstrap(200, 0)
-DATA = Path(os.environ.get("ALMOST_JAX_DATA", Path(__file__).parents[2] / "shared" / "data")) / "vicuna_bench"
+DATA: Path = _tasks.shared_data("vicuna_bench")
 
 
 @pytest.mark.parametrize(("model", "counts"), [("llama-13b", (3, 0, 77)), ("alpaca-13b", (3, 1, 76))])

@@ -87,6 +87,7 @@ def test_14_normalised_reference_scores_have_mean_0_and_std_1_also_after_loading
     texts = reward.reference_texts(train, 30, run.seed("reward/reference"))
     assert len(texts) == 30
     loaded = reward.load_reward_model(run, "reward")
+    assert loaded.score_at_end, "where it was trained to be read"
     assert loaded.kind == "reward"
     scores = RewardScorer(loaded, 8).score_tokens(
         [dialogues.text_tokens(loaded.tokenizer, text) for text in texts]

@@ -1,0 +1,107 @@
+"""A model's answers to a list of questions, written as they come: what a judge compares.
+
+How a model is asked is a choice: `plain` is the dialogue that models of ours are trained on, `chat` the tokenizer's own
+template, and `NAME:K` a few-shot prompt of the first K demonstrations of NAME, for vanilla models.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from almost_jax.config import PromptedModel, SamplingConfig
+from almost_jax.errors import InputError
+from almost_jax.evaluation.benchmarks import model_digest
+from almost_jax.io.distributed import from_primary
+from almost_jax.io.models import Model
+from almost_jax.io.records import Record, RecordWriter, read_records
+from almost_jax.sampling.engine import Request, generate
+from almost_jax.stages.prompting import DialogueRequest, Reply, engine_settings, reply, respond, sampling_rules
+from almost_jax.stages.templates import demonstrations_text
+
+PLAIN, CHAT = "plain", "chat"
+# Answers are drawn and written in groups of this many batches; a torn group is drawn again.
+_BATCHES_PER_GROUP = 4
+
+
+def answer(
+    model: Model, questions: Sequence[Record], asked: str, sampling: SamplingConfig, seed: int, folder: Path
+) -> list[Record]:
+    """Answer every question, going on where an interrupted call left off.
+
+    Args:
+        model: a language model.
+        questions: {"question_id", "question"}.
+        asked: `plain`, `chat` or `NAME:K`.
+        sampling: how tokens are drawn.
+        seed: with a question's id the source of all chance.
+        folder: of the answers: a file whose name tells this model, these questions and settings from others.
+
+    Returns:
+        {"question_id", "text", "tokens", "finish": "stop" or "length"}, in order.
+
+    Raises:
+        InputError: a reward model, a prompt that can't be, or a question too long for the model.
+    """
+    if model.kind != "policy":
+        raise InputError(f"model {model.name!r}: a reward model answers nothing; expected a language model")
+    prompt = _prompt(asked)
+    # What the answers depend on, and not how fast they come.
+    drawn = sampling.model_dump(include={"temperature", "top_p", "top_k", "max_new_tokens", "trim_unfinished"})
+    content = json.dumps([model_digest(model), asked, prompt, drawn, seed, list(questions)])
+    path = folder / f"answers-{hashlib.sha256(content.encode()).hexdigest()[:12]}.jsonl"
+    if from_primary(path.exists):
+        return read_records(path)
+    with RecordWriter(path, key=lambda record: json.dumps(record["question_id"])) as writer:
+        size = _BATCHES_PER_GROUP * sampling.batch_size
+        for first in range(0, len(questions), size):
+            group = questions[first : first + size]
+            if writer.done.issuperset(json.dumps(one["question_id"]) for one in group):
+                continue
+            for one, found in zip(group, _replies(model, group, asked, prompt, sampling, seed), strict=True):
+                if json.dumps(one["question_id"]) not in writer.done:
+                    writer.write(
+                        {
+                            "question_id": one["question_id"],
+                            "text": found.text,
+                            "tokens": found.tokens,
+                            "finish": found.finish,
+                        }
+                    )
+        writer.finish()
+        return writer.records
+
+
+def _prompt(asked: str) -> str:
+    """The few-shot prompt of `NAME:K`, "" for the others."""
+    if asked in (PLAIN, CHAT):
+        return ""
+    name, _, shots = asked.rpartition(":")
+    if not name or not shots.isdecimal() or int(shots) < 1:
+        raise InputError(f"prompt {asked!r}: expected plain, chat, or NAME:K for the first K demonstrations of NAME")
+    return demonstrations_text(PromptedModel(model="-", demonstrations=name, shots=int(shots)))
+
+
+def _replies(
+    model: Model, group: Sequence[Record], asked: str, prompt: str, sampling: SamplingConfig, seed: int
+) -> Iterator[Reply]:
+    ids = [f"answer/{one['question_id']}" for one in group]
+    texts = [str(one["question"]) for one in group]
+    if asked != CHAT:
+        requests = [
+            DialogueRequest(name, [{"role": "human", "text": text}]) for name, text in zip(ids, texts, strict=True)
+        ]
+        yield from respond(model, prompt, requests, next_role="assistant", sampling=sampling, seed=seed)
+        return
+    prompts = [model.tokenizer.encode_chat([{"role": "user", "content": text}]) for text in texts]
+    completions = generate(
+        model.params,
+        model.config,
+        [Request(name, tuple(tokens)) for name, tokens in zip(ids, prompts, strict=True)],
+        sampling_rules(sampling, (model.tokenizer.eos_id,)),
+        engine_settings(sampling),
+        seed=seed,
+        prefix_tokens=(),
+    )
+    for completion in completions:
+        yield reply(model.tokenizer, completion, (), False)

@@ -1,0 +1,175 @@
+"""The stage `benchmarks`: HHH, TruthfulQA and the Vicuna questions on every policy and reward model of a run.
+
+Each is off unless the experiment gives its section. A model's result is a file of its own with every item
+(evaluation/hhh/rlsf.json), in the form of the `evaluate` commands; evaluation/hhh.json holds the figures of all models
+side by side. A killed stage goes on with the first model, and the first items, that are missing.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from almost_jax.config import VicunaConfig
+from almost_jax.errors import InputError
+from almost_jax.evaluation import vicuna
+from almost_jax.evaluation.answers import PLAIN, answer
+from almost_jax.evaluation.benchmarks import BENCHMARKS, Benchmark, evaluate
+from almost_jax.evaluation.duel import EndpointJudge, RewardJudge, check_judged, duel
+from almost_jax.evaluation.judge import Endpoint
+from almost_jax.evaluation.judge_prompts import SCORES
+from almost_jax.evaluation.statistics import Bootstrap
+from almost_jax.io.distributed import from_primary
+from almost_jax.io.models import Model
+from almost_jax.io.records import Record, write_bytes
+from almost_jax.io.run import Run
+from almost_jax.stages.reward import load_reward_model
+
+VANILLA = "vanilla"
+POLICIES = (VANILLA, "sft_self_play", "sft", "rlsf")
+REWARDS = ("as_is_reward", "reward")
+REWARD_MODEL = "reward_model"
+
+
+def run_stage(run: Run) -> dict[str, Any]:
+    """Evaluate what the run has; writes evaluation/NAME.json and evaluation/NAME/MODEL.json for each benchmark given.
+
+    Returns:
+        {benchmark: {model: its first figure}}.
+
+    Raises:
+        InputError: questions can't be had, or the judge left pairs without a reply: the next run asks for these alone.
+    """
+    settings = run.config.evaluation
+    given = {name: getattr(settings, name) for name in BENCHMARKS if getattr(settings, name) is not None}
+    found: dict[str, Any] = {}
+    for name, section in given.items():
+        data = None if section.data is None else Path(section.data)
+        results = _static(run, BENCHMARKS[name], data, section.batch_size)
+        _write(run.path(f"evaluation/{name}.json"), {"benchmark": name, "models": results})
+        figure = "accuracy" if name == "hhh" else "mc1"
+        found[name] = {model: result[figure] for model, result in results.items()}
+    if settings.vicuna is not None:
+        results = _vicuna(run, settings.vicuna)
+        _write(run.path("evaluation/vicuna.json"), {"benchmark": "vicuna", "models": results})
+        found["vicuna"] = {
+            model: result["win_rate"] and result["win_rate"]["mean"] for model, result in results.items()
+        }
+    if not found:
+        run.say("benchmarks: evaluation has none of hhh, truthfulqa, vicuna; nothing written")
+    return found
+
+
+def _static(run: Run, benchmark: Benchmark, data: Path | None, batch_size: int) -> dict[str, Any]:
+    questions = benchmark.load(data)
+    found: dict[str, Any] = {}
+    for name, load in _models(run, (*POLICIES, *REWARDS)):
+        path = run.path(f"evaluation/{benchmark.name}/{name}.json")
+        found[name] = _figures(_finished(path) or _judged(run, benchmark, name, load, questions, batch_size, path))
+    return found
+
+
+def _judged(
+    run: Run,
+    benchmark: Benchmark,
+    name: str,
+    load: Callable[[], Model],
+    questions: list[Record],
+    batch_size: int,
+    path: Path,
+) -> dict[str, Any]:
+    done = 0
+    with jax.set_mesh(run.sampling_mesh), run.progress(f"{benchmark.name}: {name}", len(questions)) as progress:
+
+        def advance(now: int, total: int) -> None:
+            nonlocal done
+            progress.advance(now - done)
+            done = now
+
+        return evaluate(benchmark, load(), questions, batch_size, path, advance)
+
+
+def _vicuna(run: Run, settings: VicunaConfig) -> dict[str, Any]:
+    questions = vicuna.read_questions(Path(settings.questions))
+    folder = run.path("evaluation/vicuna")
+    bootstrap = Bootstrap(run.config.evaluation.bootstrap_samples, run.seed("benchmarks/bootstrap"))
+    seed = run.seed("benchmarks/answers")
+    models = dict(_models(run, POLICIES))
+    answers: dict[str, list[Record]] = {}
+
+    def answers_of(name: str) -> list[Record]:
+        if name not in answers:
+            asked = settings.prompt if name == VANILLA else PLAIN
+            run.say(f"vicuna: {name} answers {len(questions)} questions")
+            with jax.set_mesh(run.sampling_mesh):
+                answers[name] = answer(models[name](), questions, asked, settings.sampling, seed, folder / name)
+        return answers[name]
+
+    if settings.against in models:
+        other = answers_of(settings.against)
+    elif settings.against in POLICIES:
+        raise InputError(f"evaluation.vicuna.against: the run has no {settings.against}; it has {', '.join(models)}")
+    else:
+        other = vicuna.read_answers(Path(settings.against), questions)
+    found: dict[str, Any] = {}
+    for name in models:
+        if name == settings.against:
+            continue
+        path = folder / f"{name}.json"
+        result = _finished(path)
+        if result is None or result["not_judged"]:
+            mine = answers_of(name)
+            judge, names = _judge(run, settings), (name, settings.against)
+            call = partial(duel, questions, mine, other, judge, bootstrap, names, path)
+            with jax.set_mesh(run.sampling_mesh):
+                # One process asks: a judge costs money, and need not answer twice alike.
+                result = call() if settings.judge == REWARD_MODEL else from_primary(call)
+        check_judged(result, f"evaluation.vicuna: {name}")
+        found[name] = _figures(result)
+    return found
+
+
+def _judge(run: Run, settings: VicunaConfig) -> EndpointJudge | RewardJudge:
+    if settings.judge == REWARD_MODEL:
+        return RewardJudge(load_reward_model(run, "reward", alone=True), settings.sampling.batch_size)
+    endpoint = Endpoint(
+        url=settings.url,
+        model=settings.judge,
+        key_variable=settings.key_variable,
+        timeout=settings.timeout,
+        attempts=settings.attempts,
+        pause=settings.pause,
+        concurrency=settings.concurrency,
+        reply_tokens=settings.reply_tokens,
+        max_requests=settings.max_requests,
+        max_tokens=settings.max_tokens,
+    )
+    return EndpointJudge(endpoint, SCORES, run.path("evaluation/vicuna/replies"))
+
+
+def _models(run: Run, names: tuple[str, ...]) -> Iterator[tuple[str, Callable[[], Model]]]:
+    """The models of the run among these names, loaded when they are called for."""
+    for name in names:
+        if name == VANILLA:
+            yield name, partial(run.model, run.config.sft.model)
+        elif run.exists(name, "model"):
+            yield name, partial(run.load, name, "model")
+
+
+def _finished(path: Path) -> dict[str, Any] | None:
+    def read() -> dict[str, Any] | None:
+        found: dict[str, Any] | None = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        return found
+
+    return from_primary(read)
+
+
+def _figures(result: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in result.items() if key not in ("items", "spent", "model", "benchmark")}
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    write_bytes(path, (json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())

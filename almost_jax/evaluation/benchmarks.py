@@ -1,0 +1,113 @@
+"""Static benchmarks of one model, into one file: the figures, and every item with what decided it.
+
+Items are kept as they come, in groups: a killed evaluation goes on from its last whole group and ends with the same
+file. What it left belongs to this model and these questions alone, by a digest in its name.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from almost_jax.evaluation import hhh, truthfulqa
+from almost_jax.io.distributed import from_primary
+from almost_jax.io.models import Model
+from almost_jax.io.records import Record, RecordWriter, partial_path, write_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """A static benchmark: where its questions come from, what a model makes of them, what that amounts to.
+
+    Attributes:
+        name: of the command and of the config section.
+        load: questions from a file, or from the hub when there is none.
+        judge: items for (model, questions, batch size), in order.
+        summarize: figures for (items, the model's kind).
+        group: so many questions are judged, and kept, together.
+    """
+
+    name: str
+    load: Callable[[Path | None], list[Record]]
+    judge: Callable[[Model, Sequence[Record], int], list[Record]]
+    summarize: Callable[[Sequence[Record], str], dict[str, Any]]
+    group: int
+
+
+BENCHMARKS = {
+    "hhh": Benchmark("hhh", hhh.load_comparisons, hhh.judge, hhh.summarize, 64),
+    "truthfulqa": Benchmark(
+        "truthfulqa", truthfulqa.load_questions, truthfulqa.judge, truthfulqa.summarize, 32
+    ),
+}
+
+
+def evaluate(
+    benchmark: Benchmark,
+    model: Model,
+    questions: Sequence[Record],
+    batch_size: int,
+    out: Path,
+    advance: Callable[[int, int], None],
+) -> dict[str, Any]:
+    """Judge a model on a benchmark and write the result; what an interrupted call has judged is kept.
+
+    Args:
+        benchmark: which.
+        model: a language model or a reward model.
+        questions: from `benchmark.load`.
+        batch_size: texts per forward pass.
+        out: of the result, JSON; replaced when it is there.
+        advance: told (items done, of how many) after each group.
+
+    Returns:
+        The benchmark's figures, {"benchmark", "model", "kind"} and "items".
+
+    Raises:
+        InputError: a question that the model can't read.
+    """
+    digest = hashlib.sha256(f"{model_digest(model)} {json.dumps([benchmark.name, *questions])}".encode()).hexdigest()
+    kept = out.with_name(f".{out.name}.{digest[:12]}")
+    # The number is the key, and no part of what is written.
+    with RecordWriter(kept, key=lambda record: str(record["place"])) as writer:
+        for first in range(0, len(questions), benchmark.group):
+            group = questions[first : first + benchmark.group]
+            places = [str(first + offset) for offset in range(len(group))]
+            if not writer.done.issuperset(places):
+                # A torn group is judged whole, so that each text is computed in the batch it would have been in.
+                for place, item in zip(places, benchmark.judge(model, group, batch_size), strict=True):
+                    if place not in writer.done:
+                        writer.write({"place": int(place), **item})
+            advance(first + len(group), len(questions))
+        items = [{key: value for key, value in record.items() if key != "place"} for record in writer.records]
+    result = {
+        "benchmark": benchmark.name,
+        "model": model.name,
+        "kind": model.kind,
+        **benchmark.summarize(items, model.kind),
+        "items": items,
+    }
+    write_bytes(out, (json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    from_primary(partial_path(kept).unlink)
+    return result
+
+
+def model_digest(model: Model) -> str:
+    """What tells this model from others: its shape, its tokenizer, how it is scored, and a sum over each parameter."""
+    sums = jax.device_get(_sums(model.params))
+    numbers = [model.kind, model.reward_mean, model.reward_std, model.score_at_end, *map(float, sums)]
+    content = json.dumps([dataclasses.asdict(model.config), model.tokenizer.fingerprint, numbers])
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+@jax.jit
+def _sums(params: Any) -> list[jax.Array]:
+    # Squares tell apart what rows in another order, or of another sign, would not.
+    return [
+        jnp.sum(leaf.astype(jnp.float32) ** 2 + jnp.sin(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(params)
+    ]
