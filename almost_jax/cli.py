@@ -1,18 +1,17 @@
-"""The command line: run, sweep, status, report, import, export, score, evaluate, lm-eval, chat, plan."""
+"""The command line: run, sweep, status, report, import, export, generate, score, evaluate, lm-eval, chat, plan."""
 
 import datetime
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
 
-import jax
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from almost_jax.commands import chat, evaluate, harness, judge, models, scoring
+from almost_jax.commands import chat, evaluate, generate, harness, judge, models, scoring
+from almost_jax.commands.places import keep_compiled_programs
 from almost_jax.commands.plan import plan_command
 from almost_jax.errors import InputError, TrainingDiverged
 from almost_jax.experiments import load_experiment, load_sweep
@@ -55,7 +54,7 @@ def run_command(
     directory = out or RUNS / config.name
     initialize()
     console = _console()
-    _keep_compiled_programs()
+    keep_compiled_programs()
     status = run_experiment(config, directory, until, tensorboard, console)
     if status.get("report", {}).get("state") == "done" and until in (None, "report"):
         table = from_primary(lambda: page.summary_table(directory))
@@ -71,7 +70,7 @@ def sweep_command(
     directory = out or RUNS / found.name
     initialize()
     console = _console()
-    _keep_compiled_programs()
+    keep_compiled_programs()
     finished: list[tuple[str, Path]] = []
     for number, (name, config) in enumerate(found.points, start=1):
         _show(console, f"\npoint {number}/{len(found.points)}: {name}")
@@ -138,6 +137,7 @@ def report_command(folder: Folder) -> None:
 
 app.command("import")(models.import_command)
 app.command("export")(models.export_command)
+app.command("generate")(generate.generate_command)
 app.command("score")(scoring.score_command)
 app.command("chat")(chat.chat_command)
 app.add_typer(evaluate.app, name="evaluate")
@@ -184,16 +184,3 @@ def _show(console: Console, text: str) -> None:
 def _complain(message: str) -> None:
     """One line on standard error."""
     print(f"almost-jax: {' '.join(message.split())}", file=sys.stderr)
-
-
-def _keep_compiled_programs() -> None:
-    """Keep compiled programs on disk, tiny ones too: the second run starts faster than the first."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "almost_jax" / "jax"
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        # A home that can't be written to costs time, not the run.
-        return
-    jax.config.update("jax_compilation_cache_dir", str(cache))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.05)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -33,7 +33,7 @@ def command(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int
 
 @pytest.fixture(autouse=True)
 def _tests_keep_their_own_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "_keep_compiled_programs", lambda: None)
+    monkeypatch.setattr(cli, "keep_compiled_programs", lambda: None)
 
 
 @pytest.fixture

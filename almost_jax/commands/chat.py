@@ -163,7 +163,7 @@ def open_chat(
     if plain and system is not None:
         raise InputError("--system: the plain dialogue has no place for it; the model must bring a chat template")
     params, config = decode_layout(model.params, model.config, place.devices.flat[0].platform)
-    rules = _rules(settings, _ends(model, folder))
+    rules = _rules(settings, ends(model, folder))
     return Chat(model, params, config, place, rules, seed, system, plain)
 
 
@@ -180,7 +180,7 @@ def _rules(settings: dict[str, float], ends: tuple[int, ...]) -> SamplingRules:
         raise InputError(str(error)) from error
 
 
-def _ends(model: Model, folder: str) -> tuple[int, ...]:
+def ends(model: Model, folder: str) -> tuple[int, ...]:
     """The tokens that end a turn: the tokenizer's, and those that a model's generation config lists."""
     found = [model.tokenizer.eos_id]
     with contextlib.suppress(OSError, ValueError, AttributeError):

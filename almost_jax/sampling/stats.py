@@ -44,6 +44,10 @@ class Stats:
             self.seconds += time.perf_counter() - self._started - compiled
             self.compile_seconds += compiled
 
+    def rate(self) -> float:
+        """New tokens a second so far, compilation included; within `measured`."""
+        return self.new_tokens / max(self.seconds + time.perf_counter() - self._started, 1e-9)
+
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Within `measured`: don't count the time until the end."""

@@ -1,0 +1,249 @@
+"""almost-jax generate: many prompts continued by one model; a file in, a file out, resumable."""
+
+import dataclasses
+import hashlib
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from almost_jax.commands.chat import ends
+from almost_jax.commands.places import DtypeOption, MeshOption, check_dtype, keep_compiled_programs, parse_mesh
+from almost_jax.config import MeshConfig, SamplingConfig
+from almost_jax.core.partitioning import make_mesh
+from almost_jax.errors import InputError
+from almost_jax.io.models import Model, load_model
+from almost_jax.io.records import Record, RecordWriter, parse_records, partial_path, write_records
+from almost_jax.io.transfer import locate
+from almost_jax.sampling.engine import Engine
+from almost_jax.sampling.requests import Completion, Request, Settings
+from almost_jax.sampling.rules import SamplingRules
+from almost_jax.sampling.stats import Stats
+from almost_jax.sampling.stops import StopStrings
+
+_DEFAULTS = SamplingConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A line of the input: its number, its id, its text and its own limit, if it has one."""
+
+    line: int
+    id: str
+    text: str
+    max_new_tokens: int | None
+
+
+def generate_command(
+    model: Annotated[str, typer.Option(help="A model of ours, a Hugging Face folder or hub name, or a GGUF file.")],
+    prompts: Annotated[Path, typer.Option(help='JSON lines with "prompt", and if you like "id" and "max_new_tokens".')],
+    out: Annotated[Path, typer.Option(help="JSON lines: one for each sample, in the order of the prompts.")],
+    prefix_file: Annotated[
+        Path | None, typer.Option(help="A text before every prompt, such as a few-shot prompt; read once.")
+    ] = None,
+    n: Annotated[int, typer.Option("-n", min=1, help="Samples for each prompt.")] = 1,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = _DEFAULTS.max_new_tokens,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = _DEFAULTS.temperature,
+    top_p: Annotated[float, typer.Option(help="1 is off.")] = _DEFAULTS.top_p,
+    top_k: Annotated[int, typer.Option(min=0, help="0 is off.")] = _DEFAULTS.top_k,
+    stop: Annotated[list[str] | None, typer.Option(help="A text that ends a sample; as often as you like.")] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end of text.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples that run at once.")] = _DEFAULTS.batch_size,
+    steps_per_wake: Annotated[
+        int, typer.Option(min=1, help="Tokens between two looks for what has ended.")
+    ] = _DEFAULTS.steps_per_wake,
+    refill: Annotated[
+        bool, typer.Option("--refill/--no-refill", help="Give a free place to the next prompt at once.")
+    ] = _DEFAULTS.refill,
+    prefill_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens of prompts that are read together.")
+    ] = _DEFAULTS.prefill_tokens,
+    dtype: DtypeOption = "float32",
+    mesh: MeshOption = None,
+) -> None:
+    """Continue prompts; a sample depends on the seed, its prompt's id and its number, on nothing else that runs.
+
+    The last line on standard error is a JSON object with the rates.
+    """
+    check_dtype(dtype)
+    if prompts.absolute() == out.absolute():
+        raise InputError(f"{out}: is the input; expected another file")
+    if not 0 < top_p <= 1:
+        raise InputError(f"--top-p {top_p}: must be above 0 and at most 1")
+    if any(not text for text in stop or []):
+        raise InputError("--stop: is empty, which every text holds; give at least one character")
+    asked = read_prompts(prompts)
+    prefix = "" if prefix_file is None else _read_text(prefix_file)
+    keep_compiled_programs()
+    place = make_mesh(MeshConfig()) if mesh is None else parse_mesh(mesh)
+    loaded = load_model(locate(model), place, dtype)
+    if loaded.kind == "reward":
+        raise InputError(f"{model}: is a reward model; expected one that writes")
+    sampling = Sampling(
+        rules=SamplingRules(
+            temperature, top_p, top_k, max_new_tokens, () if ignore_eos else ends(loaded, locate(model))
+        ),
+        settings=Settings(batch_size, steps_per_wake, refill, prefill_tokens),
+        stops=tuple(stop or []),
+        prefix=prefix,
+        seed=seed,
+        n=n,
+    )
+    with jax.set_mesh(place), jax.default_matmul_precision("highest" if dtype == "float32" else "default"):
+        stats = generate_file(loaded, asked, out, sampling)
+    sys.stderr.write(json.dumps(stats.report()) + "\n")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How every prompt is continued: `n` samples of each, behind `prefix`, ended by `stops` too."""
+
+    rules: SamplingRules
+    settings: Settings
+    stops: tuple[str, ...]
+    prefix: str
+    seed: int
+    n: int
+
+    def digest(self, model: Model) -> str:
+        """What must be the same for a file to be gone on with; how the engine runs changes nothing."""
+        said = [dataclasses.asdict(self.rules), self.stops, self.prefix, self.seed, model.name]
+        said.append(model.tokenizer.fingerprint)
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """The prompts of a file, blank lines left out; a line without an id has its number as one.
+
+    Raises:
+        InputError: the file can't be read, or a line is malformed or has the id of another one.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: can't be read ({error.strerror}); expected JSON lines with prompt") from error
+    found: list[Prompt] = []
+    seen: dict[str, int] = {}
+    for number, line in enumerate(data.split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        record = parse_records(line, where)[0]
+        text, name, limit = record.get("prompt"), record.get("id", number), record.get("max_new_tokens")
+        if not isinstance(text, str):
+            raise InputError(f"{where}: prompt is {text!r}; expected a text")
+        if isinstance(name, bool) or not isinstance(name, int | str):
+            raise InputError(f"{where}: id is {name!r}; expected a text or a number")
+        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+            raise InputError(f"{where}: max_new_tokens is {limit!r}; expected a number of tokens, 1 or more")
+        if str(name) in seen:
+            raise InputError(f"{where}: id {name!r} stands in line {seen[str(name)]} too; samples depend on it")
+        seen[str(name)] = number
+        found.append(Prompt(number, str(name), text, limit))
+    return found
+
+
+def generate_file(model: Model, prompts: Sequence[Prompt], out: Path, sampling: Sampling) -> Stats:
+    """Sample a file; what an interrupted call has written is kept and goes on.
+
+    Samples are written as they finish, and sorted when all are there. Each line has `id`, `sample` (0 to n - 1), `text`
+    (before the stop string), `tokens` and `logprobs` (as drawn, stop token included), `finish` ("stop_token",
+    "stop_string" or "length") and `run`, a digest of the settings.
+
+    Args:
+        model: who writes.
+        prompts: what is continued.
+        out: appears when all is sampled.
+        sampling: how.
+
+    Raises:
+        InputError: a prompt can't be continued, or what is written already has other settings.
+    """
+    tokenizer, digest = model.tokenizer, sampling.digest(model)
+    if sampling.prefix:
+        prefix, encode = tokenizer.encode_prompt(sampling.prefix), tokenizer.encode
+    else:
+        prefix, encode = [], tokenizer.encode_prompt
+    encoded = [tuple(encode(prompt.text)) for prompt in prompts]
+    names = [f"{prompt.id}/{sample}" for prompt in prompts for sample in range(sampling.n)]
+    engine = Engine(
+        model.params, model.config, sampling.rules, sampling.settings,
+        seed=sampling.seed, prefix_tokens=prefix,
+        stops=StopStrings(sampling.stops, tokenizer.decode_exactly) if sampling.stops else None,
+    )  # fmt: skip
+    with RecordWriter(out, key=lambda record: f"{record['id']}/{record['sample']}") as writer:
+        _check_resumed(writer, set(names), digest)
+        requests = [
+            Request(f"{prompt.id}/{sample}", tokens, prompt.max_new_tokens)
+            for prompt, tokens in zip(prompts, encoded, strict=True)
+            for sample in range(sampling.n)
+        ]
+        with _progress(len(names), len(writer.done)) as progress:
+            for done in engine.run([one for one in requests if one.id not in writer.done]):
+                writer.write(_record(model, done, sampling.stops, digest))
+                progress.advance(progress.task_ids[0])
+                progress.update(progress.task_ids[0], rate=f"{engine.stats.rate():.0f} tokens/s")
+        order = {name: place for place, name in enumerate(names)}
+        records = sorted(writer.records, key=lambda record: order[writer.key(record)])
+        write_records(partial_path(out), records)
+        writer.finish()
+    return engine.stats
+
+
+def _record(model: Model, done: Completion, stops: Sequence[str], digest: str) -> Record:
+    name, _, sample = done.id.rpartition("/")
+    text = model.tokenizer.decode_exactly(done.content)
+    if done.finish == "stop_string":
+        text = text[: min(place for place in (text.find(stop) for stop in stops) if place >= 0)]
+    return {
+        "id": name,
+        "sample": int(sample),
+        "text": text,
+        "tokens": list(done.tokens),
+        "logprobs": list(done.logprobs),
+        "finish": done.finish,
+        "run": digest,
+    }
+
+
+def _check_resumed(writer: RecordWriter, names: set[str], digest: str) -> None:
+    """Refuse to go on with a file of other prompts or settings."""
+    if not writer.done <= names:
+        raise InputError(f"{partial_path(writer.path)}: is of other prompts; delete it to start over")
+    for record in _first(writer):
+        if record.get("run") != digest:
+            raise InputError(f"{partial_path(writer.path)}: was sampled with other settings; delete it to start over")
+
+
+def _first(writer: RecordWriter) -> Iterator[Record]:
+    if writer.done:
+        yield next(iter(writer.written()))
+
+
+def _progress(total: int, done: int) -> Progress:
+    """A bar on standard error; nothing where that isn't a terminal."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}", markup=False), TimeElapsedColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
+    progress = Progress(*columns, console=console, disable=not console.is_terminal)
+    progress.add_task("samples", total=total, completed=done, rate="")
+    return progress
+
+
+def _read_text(path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: can't be read ({error}); expected a text in UTF-8") from error
+    if not text:
+        raise InputError(f"{path}: is empty; expected a text that stands before every prompt")
+    return text

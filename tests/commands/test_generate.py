@@ -1,0 +1,142 @@
+"""generate: samples by id and number, one file that goes on where it was interrupted, rates as the last line."""
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from almost_jax.commands import generate
+from almost_jax.io.models import save_model
+from almost_jax.io.records import partial_path, read_records, write_records
+
+_spec = importlib.util.spec_from_file_location("models_commands", Path(__file__).with_name("test_models_commands.py"))
+assert _spec is not None and _spec.loader is not None
+_other = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_other)
+command, make_model = _other.command, _other.make_model
+
+PROMPTS = [
+    {"prompt": "w3 w4", "id": "one"},
+    {"prompt": "w9", "max_new_tokens": 2},
+    {"prompt": "w3 w4 w5 w6 w7", "id": 7},
+]
+FIGURES = (
+    "requests", "new_tokens", "prefill_tokens", "prefill_tokens_saved", "compile_seconds", "seconds",
+    "tokens_per_second", "slot_utilisation",
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _no_cache_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generate, "keep_compiled_programs", lambda: None)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("generate")
+    save_model(path / "model", make_model())
+    write_records(path / "prompts.jsonl", PROMPTS)
+    (path / "prefix.txt").write_text("w1 w2 w3 w8", encoding="utf-8")
+    return path
+
+
+def sample(capsys: Any, folder: Path, out: Path, *more: object) -> tuple[int, str, str]:
+    given = ("--model", folder / "model", "--prompts", folder / "prompts.jsonl", "--out", out, "--batch-size", 4)
+    found: tuple[int, str, str] = command(capsys, "generate", *given, *more)
+    return found
+
+
+def test_samples_come_in_order_with_figures(tmp_path: Path, capsys: Any, folder: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    more = ("-n", 3, "--max-new-tokens", 9, "--prefix-file", folder / "prefix.txt", "--seed", 4)
+    code, _, err = sample(capsys, folder, out, *more)
+    assert code == 0, err
+    records = read_records(out)
+    assert [(one["id"], one["sample"]) for one in records] == [(n, i) for n in ("one", "2", "7") for i in range(3)]
+    assert all(len(one["tokens"]) == len(one["logprobs"]) for one in records)
+    assert all(len(one["tokens"]) <= (2 if one["id"] == "2" else 9) for one in records)
+    assert {one["finish"] for one in records} <= {"length", "stop_token"}
+    figures = json.loads(err.splitlines()[-1])
+    assert tuple(figures) == FIGURES and figures["requests"] == 9
+    assert figures["new_tokens"] == sum(len(one["tokens"]) for one in records)
+    assert figures["prefill_tokens"] < figures["prefill_tokens_saved"]
+    # How the engine runs changes no sample, nor does what stands beside it.
+    again = tmp_path / "again.jsonl"
+    assert sample(capsys, folder, again, *more, "--no-refill", "--steps-per-wake", 2)[0] == 0
+    strip = [{key: one[key] for key in ("id", "sample", "text", "tokens", "finish")} for one in records]
+    found = [{key: one[key] for key in strip[0]} for one in read_records(again)]
+    assert found == strip
+
+
+def test_28_an_interrupted_file_goes_on(
+    tmp_path: Path, capsys: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    assert sample(capsys, folder, whole, "-n", 4, "--max-new-tokens", 9)[0] == 0
+    real, left = generate._record, [5]
+
+    def interrupted(*arguments: Any) -> Any:
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(generate, "_record", interrupted)
+    assert sample(capsys, folder, out, "-n", 4, "--max-new-tokens", 9)[0] == 130
+    assert not out.exists() and len(read_records(partial_path(out))) == 4
+    monkeypatch.setattr(generate, "_record", real)
+    code, _, err = sample(capsys, folder, out, "-n", 4, "--max-new-tokens", 9, "--seed", 1)
+    assert code == 2 and "sampled with other settings; delete it" in err and "Traceback" not in err
+    code, _, err = sample(capsys, folder, out, "-n", 4, "--max-new-tokens", 9)
+    assert code == 0 and json.loads(err.splitlines()[-1])["requests"] == 12 - 4
+    plain = [{**one, "logprobs": []} for one in read_records(out)]
+    assert plain == [{**one, "logprobs": []} for one in read_records(whole)]
+
+
+def test_08_stop_strings_cut_the_text(tmp_path: Path, capsys: Any, folder: Path) -> None:
+    free, out = tmp_path / "free.jsonl", tmp_path / "out.jsonl"
+    given = ("-n", 8, "--max-new-tokens", 20, "--ignore-eos", "--temperature", 1.5)
+    assert sample(capsys, folder, free, *given)[0] == 0
+    words = [one["text"].split() for one in read_records(free)]
+    stop = f"{words[0][3]} {words[0][4][:2]}"  # begins in one token and ends inside the next
+    assert sample(capsys, folder, out, *given, "--stop", stop)[0] == 0
+    stopped = 0
+    for one, other in zip(read_records(out), read_records(free), strict=True):
+        assert one["text"] == other["text"].split(stop)[0]
+        assert (one["finish"] == "stop_string") == (stop in other["text"])
+        assert one["tokens"] == other["tokens"][: len(one["tokens"])]
+        stopped += one["finish"] == "stop_string"
+    assert stopped
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": 3}', "prompt is 3; expected a text"),
+        ('{"prompt": "w3", "id": "one"}', "id 'one' stands in line 1 too"),
+        ('{"prompt": "w3", "max_new_tokens": 0}', "max_new_tokens is 0; expected a number of tokens"),
+        ('{"prompt": "w3", "id": true}', "id is True; expected a text or a number"),
+        ('{"prompt": ', "not JSON"),
+    ],
+)
+def test_bad_lines_are_named(tmp_path: Path, capsys: Any, folder: Path, line: str, message: str) -> None:
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(f'{{"prompt": "w3", "id": "one"}}\n\n{line}\n', encoding="utf-8")
+    code, out, err = command(capsys, "generate", "--model", folder / "model", "--prompts", bad, "--out", tmp_path / "o")
+    assert (code, out) == (2, "") and f"{bad}, line 3" in err and message in err and len(err.splitlines()) == 1
+    assert not (tmp_path / "o").exists() and not partial_path(tmp_path / "o").exists()
+
+
+def test_bad_options_are_named(tmp_path: Path, capsys: Any, folder: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    for more, message in [
+        (("--top-p", 0), "--top-p 0.0: must be above 0 and at most 1"),
+        (("--stop", ""), "--stop: is empty"),
+        (("--prefix-file", tmp_path / "none.txt"), "none.txt: can't be read"),
+        (("--max-new-tokens", 1), "request '2/0': max_new_tokens 2 must be 1 to 1"),
+        (("--max-new-tokens", 3000), "exceed the model's"),
+    ]:
+        code, _, err = sample(capsys, folder, out, *more)
+        assert code == 2 and message in err and len(err.splitlines()) == 1 and not out.exists()
