@@ -359,7 +359,8 @@ class DemonstrationsConfig(Section):
     """Reward-model-guided self-play (paper stage 2); `n: 1` is plain self-play.
 
     `baseline` also plays without the reward model, for the ablation. A user's turn that begins or ends with one of
-    `farewells` ends the dialogue before it.
+    `farewells` ends the dialogue before it. With `reuse_cache` a dialogue's next turn goes on from what was read of it,
+    where both sides are one model: less to read, for the memory of every candidate's keys and values.
     """
 
     assistant: PromptedModel
@@ -368,6 +369,7 @@ class DemonstrationsConfig(Section):
     n: PositiveInt = 4
     max_turns: PositiveInt = 2
     baseline: Flag = True
+    reuse_cache: Flag = True
     farewells: tuple[Text, ...] = ("bye", "goodbye", "bye-bye", "see you", "have a nice day", "have a good day")
     sampling: SamplingConfig = SamplingConfig()
     user_sampling: SamplingConfig = SamplingConfig()

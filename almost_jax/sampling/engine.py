@@ -25,8 +25,8 @@ from almost_jax.sampling.sampler import Drawn, Slots
 from almost_jax.sampling.stats import Stats
 from almost_jax.sampling.stops import StopStrings
 
-# Tokens of the shortest prompts that programs are compiled for.
-_SMALLEST_PROMPT = 16
+# The fewest tokens of a prompt, and in a slot, that programs are compiled for.
+_PROMPT, _ROOM = 32, 64
 # Free slots are given away when one in so many is free: to read one prompt costs nearly as much as to read a few.
 _REFILLED = 8
 
@@ -146,7 +146,7 @@ class Engine:
 
     def _make_room(self, chosen: Sequence[Request], running: Sequence[Request]) -> None:
         """Slots with room for every request that will be in them."""
-        size = bucket_size(max(len(one.prompt) + self._limit(one) for one in [*chosen, *running]), _SMALLEST_PROMPT)
+        size = bucket_size(max(len(one.prompt) + self._limit(one) for one in [*chosen, *running]), _ROOM)
         k = self._settings.steps_per_wake
         if self._slots is None or (not running and room(self._slots.cache) > size):
             self._slots = None
@@ -162,13 +162,13 @@ class Engine:
         by_width: dict[tuple[int, bool], list[tuple[int, list[Request]]]] = {}
         for (prompt, parent), own in forks.items():
             start = self._known(prompt, parent)
-            width = bucket_size(len(prompt) - start, _SMALLEST_PROMPT)
+            width = bucket_size(len(prompt) - start, _PROMPT)
             by_width.setdefault((width, start > 0), []).append((start, own))
         groups = []
         for (width, _), own_forks in by_width.items():
-            most = max(self._settings.prefill_tokens // width, 1)
-            # A part that fills its program, if the limit allows that.
-            most = max((size for size in self._sizes() if size <= most), default=most)
+            usual, most = self._bucket(1), self._settings.prefill_tokens // width
+            # As many as fill a program, which has room for the usual number or for all slots.
+            most = self._batch if most >= self._batch else max(min(most, usual), 1)
             for first in range(0, len(own_forks), most):
                 part = own_forks[first : first + most]
                 groups.append(_Group(width, [start for start, _ in part], [own for _, own in part]))
@@ -219,7 +219,7 @@ class Engine:
 
     def _restored(self, group: "_Group", rows: int) -> Cache:
         """A cache of the group's rows, each holding what is kept of its parent."""
-        size = bucket_size(max(group.starts) + group.width, _SMALLEST_PROMPT)
+        size = bucket_size(max(group.starts) + group.width, _ROOM)
         cache = self._programs.empty_cache(rows, size)
         by_cache: dict[int, list[int]] = {}
         for row, own in enumerate(group.forks):
@@ -276,22 +276,13 @@ class Engine:
         finish: Finish = "stop_token" if by_token else "length"
         return Completion(one.request.id, tuple(one.tokens), tuple(one.logprobs), finish)
 
-    def _sizes(self) -> list[int]:
-        """The numbers of rows that programs have."""
-        sizes = [self._bucket(1)]
-        while sizes[-1] < self._batch:
-            sizes.append(self._bucket(sizes[-1] + 1))
-        return sizes
-
     def _bucket(self, count: int) -> int:
         """How many rows a program has for `count` prompts or requests.
 
-        As many as a refill usually needs, or four times that, and so on: a few programs serve.
+        As many as a refill usually needs, or as there are slots: two programs serve.
         """
-        size = -(-self._settings.slots // _REFILLED)
-        while size < count:
-            size = min(4 * size, self._batch)
-        return -(-size // self._rows) * self._rows
+        usual = -(-self._settings.slots // _REFILLED)
+        return -(-(usual if count <= usual else self._batch) // self._rows) * self._rows
 
     def _halt(self, places: list[int]) -> None:
         if places:

@@ -7,7 +7,7 @@ reward model scores best is kept; n = 1 without a reward model is plain self-pla
 
 import dataclasses
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from almost_jax.io.models import Model
 from almost_jax.io.records import Record, RecordWriter, read_records
 from almost_jax.io.run import Run
 from almost_jax.sampling.selection import best_of
-from almost_jax.stages.prompting import DialogueRequest, Reply, respond
+from almost_jax.stages.prompting import DialogueRequest, Reply, Responder
 from almost_jax.stages.reward import RewardScorer, load_reward_model
 from almost_jax.stages.templates import Role, Turn, demonstrations_text
 
@@ -39,30 +39,36 @@ class Dialogue:
         self.candidates.append(candidates)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Speaker:
     """One side of the self-play: who answers, how, and with which randomness.
 
-    The model is loaded when it is its turn: where the two sides are different large models, only one is in memory.
+    The model is loaded when it is its turn: where the two sides are different large models, only one is in memory. With
+    `lasting` it stays, with its few-shot prompt and what requests ask to keep; both sides must then be one model.
     """
 
     load: Callable[[], Model]
     demonstrations: str
     sampling: SamplingConfig
     seed: int
+    lasting: bool
+    _responder: Responder | None = None
 
     def reply(self, requests: Sequence[DialogueRequest], role: Role) -> list[Reply]:
         """The next turn of every dialogue, in their order."""
-        return list(
-            respond(
-                self.load(),
-                self.demonstrations,
-                requests,
-                next_role=role,
-                sampling=self.sampling,
-                seed=self.seed,
-            )
+        responder = self._responder or Responder(
+            self.load(), self.demonstrations, next_role=role, sampling=self.sampling, seed=self.seed
         )
+        if self.lasting:
+            self._responder = responder
+        else:
+            requests = [dataclasses.replace(request, keep=False, parent=None) for request in requests]
+        return list(responder.respond(requests))
+
+    def forget(self, ids: Iterable[str] | None = None) -> None:
+        """Free what is kept of some requests, or of all."""
+        if self._responder is not None:
+            self._responder.forget(ids)
 
 
 def run_stage(run: Run) -> dict[str, Any]:
@@ -101,8 +107,9 @@ def play(run: Run, name: str, n: int, scorer: RewardScorer | None) -> dict[str, 
     if run.exists(f"{name}.jsonl") and [record["query_id"] for record in read_records(path)] == expected:
         # The stage was stopped after this file: what is finished isn't played again.
         return summarize(read_records(path))
-    assistant = _speaker(run, config.assistant, config.sampling, f"{name}/assistant")
-    user = _speaker(run, config.user, config.user_sampling, f"{name}/user")
+    lasting = config.assistant.model == config.user.model
+    assistant = _speaker(run, config.assistant, config.sampling, f"{name}/assistant", lasting)
+    user = _speaker(run, config.user, config.user_sampling, f"{name}/user", lasting)
     chunk = max(config.sampling.batch_size, config.user_sampling.batch_size)
     with RecordWriter(path, key=lambda record: record["query_id"]) as writer:
         if not writer.done <= set(expected):
@@ -138,10 +145,19 @@ def play_chunk(
     dialogues = [
         Dialogue(query["id"], [{"role": "human", "text": query["text"]}], [[]]) for query in queries
     ]
+    # The request whose cache holds a dialogue so far, on either side.
+    heard: dict[str, str] = {}
+    said: dict[str, str] = {}
     for turn in range(config.max_turns):
         playing = [dialogue for dialogue in dialogues if dialogue.open]
+        keep = config.reuse_cache and turn + 1 < config.max_turns
         if turn:
-            requests = [DialogueRequest(f"{dialogue.query_id}/{turn}", dialogue.turns) for dialogue in playing]
+            requests = [
+                DialogueRequest(name, dialogue.turns, keep=keep, parent=heard.pop(dialogue.query_id, None))
+                for dialogue in playing
+                for name in [f"{dialogue.query_id}/{turn}"]
+            ]
+            heard = {dialogue.query_id: f"{dialogue.query_id}/{turn}" for dialogue in playing} if keep else {}
             for dialogue, asked in zip(playing, user.reply(requests, "human"), strict=True):
                 over = not asked.text or says_farewell(asked.text, config.farewells)
                 dialogue.open = not over and plain_text(asked.text) not in evaluation
@@ -149,19 +165,28 @@ def play_chunk(
                     dialogue.add("human", asked.text, [])
             playing = [dialogue for dialogue in playing if dialogue.open]
         requests = [
-            DialogueRequest(f"{dialogue.query_id}/{turn}/{candidate}", dialogue.turns)
-            for dialogue in playing
+            DialogueRequest(f"{name}/{turn}/{candidate}", dialogue.turns, keep, said.get(name))
+            for name, dialogue in ((dialogue.query_id, dialogue) for dialogue in playing)
             for candidate in range(n)
         ]
         texts = [answer.text for answer in assistant.reply(requests, "assistant")]
+        assistant.forget(said.values())
+        said = {}
         for dialogue, candidates in zip(playing, _scored(playing, texts, n, scorer), strict=True):
             chosen = choose(candidates)
             dialogue.open = chosen is not None
             if chosen is not None:
                 dialogue.add("assistant", chosen, candidates)
+                place = [candidate["text"] for candidate in candidates].index(chosen)
+                if keep:
+                    said[dialogue.query_id] = f"{dialogue.query_id}/{turn}/{place}"
             elif turn:
                 dialogue.turns.pop()
                 dialogue.candidates.pop()
+        # What the other candidates said leads nowhere.
+        assistant.forget({request.id for request in requests} - set(said.values()))
+    assistant.forget()
+    user.forget()
     return dialogues
 
 
@@ -238,8 +263,9 @@ def summarize(records: Sequence[Record]) -> dict[str, Any]:
     }
 
 
-def _speaker(run: Run, prompted: PromptedModel, sampling: SamplingConfig, seed: str) -> Speaker:
-    return Speaker(partial(run.model, prompted.model), demonstrations_text(prompted), sampling, run.seed(seed))
+def _speaker(run: Run, prompted: PromptedModel, sampling: SamplingConfig, seed: str, lasting: bool) -> Speaker:
+    load = partial(run.model, prompted.model)
+    return Speaker(load, demonstrations_text(prompted), sampling, run.seed(seed), lasting)
 
 
 def _scored(

@@ -1,7 +1,7 @@
 """Ask a model for the next turn of many dialogues: responses, self-play and evaluation go through here."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
 from almost_jax.config import SamplingConfig
@@ -89,9 +89,9 @@ class Responder:
         done = in_order(asked, self._engine.run(asked))
         return (reply(self._tokenizer, one, self._stops, self._trim) for one in done)
 
-    def forget(self) -> None:
-        """Free what was kept of dialogues."""
-        self._engine.forget()
+    def forget(self, ids: Iterable[str] | None = None) -> None:
+        """Free what was kept of some requests, or of all."""
+        self._engine.forget(ids)
 
     def _prompt(self, turns: Sequence[Turn]) -> tuple[int, ...]:
         if self._vanilla:

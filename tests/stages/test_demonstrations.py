@@ -1,5 +1,6 @@
 """Self-play: the best candidate is kept whatever their order, dialogues end where they should, exact resume."""
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,12 +26,12 @@ class Scripted(Speaker):
     """A speaker whose replies are given by a function of the request's id."""
 
     def __init__(self, script: Callable[[str], str]) -> None:
-        object.__setattr__(self, "script", script)
-        object.__setattr__(self, "asked", [])
+        self.script, self.lasting, self._responder = script, True, None
+        self.asked: list[tuple[str, list[Turn]]] = []
 
     def reply(self, requests: Sequence[DialogueRequest], role: Role) -> list[Reply]:
-        self.asked.extend((request.id, list(request.turns)) for request in requests)  # type: ignore[attr-defined]
-        return [Reply(request.id, self.script(request.id), 1, "stop") for request in requests]  # type: ignore[attr-defined]
+        self.asked.extend((request.id, list(request.turns)) for request in requests)
+        return [Reply(request.id, self.script(request.id), 1, "stop") for request in requests]
 
 
 class Longest:
@@ -227,10 +228,24 @@ def test_a_speakers_model_is_loaded_when_it_speaks(make_run: Callable[..., Run],
     config = run.config.demonstrations
     user = config.user.model_copy(update={"model": "small"})
     speakers = [
-        demonstrations._speaker(run, prompted, config.sampling, "x") for prompted in (config.assistant, user)
+        demonstrations._speaker(run, prompted, config.sampling, "x", False) for prompted in (config.assistant, user)
     ]
     assert run._loaded == {}
     for speaker, name in zip(speakers, ("large", "small"), strict=True):
         speaker.load()
         # Never both: the one that spoke before is gone.
         assert list(run._loaded) == [name]
+
+
+def test_a_dialogue_that_goes_on_from_its_cache_is_the_one_that_is_read_again(
+    make_run: Callable[..., Run], tmp_path: Path
+) -> None:
+    written = []
+    for reuse in (True, False):
+        run = make_run(tmp_path / str(reuse))
+        played = run.config.demonstrations.model_copy(update={"reuse_cache": reuse, "max_turns": 3, "queries": 5})
+        run = dataclasses.replace(run, config=run.config.model_copy(update={"demonstrations": played}))
+        write_records(run.path("queries.jsonl"), QUERIES)
+        demonstrations.play(run, "demonstrations_self_play", 2, None)
+        written.append(read_records(run.path("demonstrations_self_play.jsonl")))
+    assert written[0] == written[1] and any(len(record["turns"]) > 2 for record in written[0])
