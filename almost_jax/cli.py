@@ -1,6 +1,7 @@
 """The command line: run, sweep, status, report, import, export, generate, score, evaluate, lm-eval, chat, plan."""
 
 import datetime
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
