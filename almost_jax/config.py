@@ -376,10 +376,27 @@ class DemonstrationsConfig(Section):
 
 
 class SftConfig(Section):
-    """Supervised fine-tuning on the demonstrations, loss on assistant tokens only."""
+    """Supervised fine-tuning on the demonstrations, loss on assistant tokens only.
+
+    `packed_length` packs each batch's demonstrations into rows of so many tokens, in which none sees another: a step
+    learns from the same demonstrations with less padding. 0 gives each a row of its own. `z_loss` weighs the squared
+    log of the softmax's denominator at every target; 0 is the plain loss.
+    """
 
     model: Text = "small"
+    packed_length: NonNegativeInt = 0
+    z_loss: NonNegative = 0.0
     training: TrainingConfig = TrainingConfig()
+
+    @model_validator(mode="after")
+    def _holds_the_longest(self) -> "SftConfig":
+        if 0 < self.packed_length < self.training.max_length:
+            raise wrong(
+                "packed_length",
+                f"rows of {self.packed_length} can't hold demonstrations of training.max_length "
+                f"{self.training.max_length}; give as many tokens or more, or 0 for rows of their own",
+            )
+        return self
 
 
 class PpoGuardsConfig(Section):

@@ -32,6 +32,36 @@ def pad(sequences: Sequence[Sequence[int]], length: int, pad_id: int) -> tuple[N
     return tokens, lengths
 
 
+def first_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
+    """Pack sequences into rows: the longest first, each into the first row that has room left for it.
+
+    First fit by decreasing length needs at most 11/9 of the rows of the best packing, and one more (Johnson 1973). The
+    result is a function of the arguments: equal lengths keep their order.
+
+    Args:
+        lengths: of n sequences, in tokens.
+        room: tokens per row.
+
+    Returns:
+        For each row the places of its sequences, in the order in which they were put there.
+
+    Raises:
+        InputError: a sequence is longer than a row.
+    """
+    rows: list[list[int]] = []
+    left: list[int] = []
+    for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
+        if lengths[place] > room:
+            raise InputError(f"sequence {place} has {lengths[place]} tokens, but rows have room for {room}")
+        row = next((row for row, space in enumerate(left) if space >= lengths[place]), len(rows))
+        if row == len(rows):
+            rows.append([])
+            left.append(room)
+        rows[row].append(place)
+        left[row] -= lengths[place]
+    return rows
+
+
 def bucket_length(n: int, multiple: int) -> int:
     """The smallest positive multiple of `multiple` that holds `n` tokens: few lengths mean few compiled programs."""
     return max(-(-n // multiple), 1) * multiple

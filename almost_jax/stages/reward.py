@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -32,7 +32,7 @@ from almost_jax.sampling.layout import decode_layout
 from almost_jax.sampling.scoring import score_sequences
 from almost_jax.stages.dialogues import dialogue_tokens, text_tokens
 from almost_jax.stages.execution import placed_for_training, training_shape, training_spread
-from almost_jax.stages.pair_figures import pair_figures
+from almost_jax.stages.pair_figures import logged_figures, pair_figures
 from almost_jax.stages.templates import Turn, render
 from almost_jax.stages.training import LENGTH_MULTIPLE, count_steps, fit, fixed_length, fresh_state, shardings_of
 
@@ -225,12 +225,16 @@ def train_reward_model(
         sequences = [rows[text] for text in texts]
         return score_sequences(flat, config, sequences, batch_size=2 * batch_size, multiple=length)
 
+    def held_out_scores(params: Params) -> tuple[np.ndarray, np.ndarray]:
+        return scores(params, [pair.chosen for pair in test]), scores(params, [pair.rejected for pair in test])
+
     def evaluate(params: Params) -> dict[str, float]:
-        if not test:
-            return {}
-        chosen = scores(params, [pair.chosen for pair in test])
-        rejected = scores(params, [pair.rejected for pair in test])
-        return {"held_out_accuracy": float(np.mean(0.5 + 0.5 * np.sign(chosen - rejected)))}
+        chosen, rejected = held_out_scores(params)
+        # The moments on reference samples are taken at the end alone.
+        found = _held_out_figures(test, chosen - rejected, float(np.std([*chosen, *rejected])) or 1.0)
+        if found.get("length_only"):
+            run.say(f"{name}: warning: {length_warning(found)}")
+        return logged_figures(found)
 
     total_steps = count_steps(training, len(train))
     optimizer = make_optimizer(training.optimizer, total_steps)
@@ -246,8 +250,7 @@ def train_reward_model(
         state = fit(run, name, state, train_step, batch_at, total_steps, training, evaluate)
         reference = reference_texts(train, reference_samples, run.seed(f"{name}/reference"))
         mean, std = reward_moments(scores(state.params, reference))
-        chosen_scores = scores(state.params, [pair.chosen for pair in test])
-        rejected_scores = scores(state.params, [pair.rejected for pair in test])
+        chosen, rejected = held_out_scores(state.params)
     model = dataclasses.replace(
         source,
         params=state.params,
@@ -265,7 +268,7 @@ def train_reward_model(
         "steps": total_steps,
         "reward_mean": mean,
         "reward_std": std,
-        **_held_out_figures(test, chosen_scores - rejected_scores, std),
+        **_held_out_figures(test, chosen - rejected, std),
     }
     write_bytes(run.path(name, "evaluation.json"), (json.dumps(summary, indent=1) + "\n").encode())
     return summary
@@ -342,8 +345,23 @@ def _tokenized(
     return fitting, rows, longest
 
 
+def length_warning(figures: Mapping[str, Any]) -> str:
+    """What to say of a reward model that seems to have learned length alone, given its `pair_figures`."""
+    bounds = figures["length_matched_ci95"]
+    matched = "no pair can be matched by length"
+    if bounds is not None:
+        matched = (
+            f"with length taken out it is right in {figures['length_matched_accuracy']:.3f} of the pairs "
+            f"(95% interval {bounds[0]:.3f} to {bounds[1]:.3f}), which may be chance"
+        )
+    return (
+        f"scores follow length (rank correlation {figures['length_correlation']:.2f}) and nothing else is shown: "
+        f"{matched}; look at the length rule of the filters, or at reward.held_out for more pairs to judge by"
+    )
+
+
 def _held_out_figures(test: Sequence[Pair], margins: np.ndarray, std: float) -> dict[str, Any]:
     if not test:
         return {"held_out": 0}
     gaps = np.array([pair.chosen_length - pair.rejected_length for pair in test])
-    return pair_figures(margins / np.float32(std), gaps)
+    return pair_figures(margins / np.float32(std), gaps, [pair.group for pair in test])

@@ -1,23 +1,27 @@
 """Supervised fine-tuning on demonstrations: cross-entropy on the assistant's tokens only, in all of its turns.
 
 Source: ALMoST (arXiv 2305.13735), section 2.3. Each assistant turn ends by the end of text, which is a target too.
+
+Packed or not, a step learns from the same demonstrations, so packing changes how fast it is and nothing else: positions
+count from each demonstration's start, attention stays inside it, and losses are divided by the batch's targets.
 """
 
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from almost_jax.core.llama import LlamaConfig, Params, hidden_states
-from almost_jax.core.losses import LossTerms, shifted, target_sums
+from almost_jax.core.losses import LossTerms, masked_sum, shifted, target_sums
 from almost_jax.core.partitioning import platform
 from almost_jax.core.train import Batch, make_optimizer, make_train_step
 from almost_jax.core.vocabulary import hidden_figures
 from almost_jax.errors import InputError
-from almost_jax.io.batches import batch_indices, pad
+from almost_jax.io.batches import batch_indices, first_fit, pad
 from almost_jax.io.models import save_model
 from almost_jax.io.records import read_records
 from almost_jax.io.run import Run
@@ -26,6 +30,9 @@ from almost_jax.stages.demonstrations import demonstration_turns, is_answered
 from almost_jax.stages.dialogues import training_tokens
 from almost_jax.stages.execution import placed_for_training, training_shape, training_spread
 from almost_jax.stages.training import count_steps, fit, fixed_length, fresh_state, shardings_of
+
+# Token ids, and for each of them whether it is a target.
+Example: TypeAlias = tuple[Sequence[int], Sequence[bool]]
 
 
 def run_stage(run: Run) -> dict[str, Any]:
@@ -53,18 +60,38 @@ def fine_tune(run: Run, name: str, file: str) -> dict[str, Any]:
             f"sft.training.max_length: none of {len(examples)} demonstrations fits into {training.max_length} tokens"
         )
     run.say(f"{name}: {len(fitting)} demonstrations, {len(examples) - len(fitting)} too long")
-    length = fixed_length(max(len(tokens) for tokens, _ in fitting))
     # Both models see the same order, so that they differ by their demonstrations alone.
     seed = run.seed("sft/batches")
+    total_steps = count_steps(training, len(fitting))
+    lengths = [len(tokens) for tokens, _ in fitting]
+
+    def chosen_at(step: int) -> list[int]:
+        return [int(index) for index in batch_indices(step, training.batch_size, len(fitting), seed)]
+
+    if config.packed_length:
+        # One number of rows for all batches, which compiles one program, and one that every device can share.
+        split = training.micro_batches * run.mesh.shape["data"] * run.mesh.shape["fsdp"]
+        most = max(
+            len(first_fit([lengths[index] for index in chosen_at(step)], config.packed_length))
+            for step in range(total_steps)
+        )
+        rows = -(-most // split) * split
+        spent = rows * config.packed_length
+        run.say(f"{name}: {training.batch_size} demonstrations in {rows} rows of {config.packed_length} tokens a step")
+    else:
+        length = fixed_length(max(lengths))
+        spent = training.batch_size * length
 
     def batch_at(step: int) -> dict[str, np.ndarray]:
-        chosen = batch_indices(step, training.batch_size, len(fitting), seed)
-        return example_batch([fitting[index] for index in chosen], length, source.tokenizer.pad_id)
+        chosen = [fitting[index] for index in chosen_at(step)]
+        if config.packed_length:
+            return packed_batch(chosen, rows, config.packed_length, source.tokenizer.pad_id)
+        return example_batch(chosen, length, source.tokenizer.pad_id)
 
-    total_steps = count_steps(training, len(fitting))
     optimizer = make_optimizer(training.optimizer, total_steps)
     settings, mesh = run.config.mesh, run.mesh
-    loss_sums = functools.partial(sft_loss_sums, config=training_shape(source.config, settings, mesh))
+    shape = training_shape(source.config, settings, mesh)
+    loss_sums = functools.partial(sft_loss_sums, config=shape, z_loss=config.z_loss)
     with jax.set_mesh(mesh):
         state = fresh_state(placed_for_training(source.params, source.config, settings, mesh), optimizer, mesh)
         spread = training_spread(settings, mesh, shardings_of(state.params))
@@ -77,33 +104,78 @@ def fine_tune(run: Run, name: str, file: str) -> dict[str, Any]:
     return {
         "demonstrations": len(fitting),
         "too_long": len(examples) - len(fitting),
-        "tokens": sum(len(tokens) for tokens, _ in fitting),
+        "tokens": sum(lengths),
         "targets": sum(sum(targets) for _, targets in fitting),
         "steps": total_steps,
+        # The share of what a step computes on that is no padding.
+        "fill": training.batch_size * sum(lengths) / len(lengths) / spent,
     }
 
 
-def example_batch(
-    examples: Sequence[tuple[Sequence[int], Sequence[bool]]], length: int, pad_id: int
-) -> dict[str, np.ndarray]:
-    """Tokens and targets as arrays: tokens [B, T] int32, targets [B, T] bool."""
+def example_batch(examples: Sequence[Example], length: int, pad_id: int) -> dict[str, np.ndarray]:
+    """Tokens and targets as arrays, a row each: tokens [B, T] int32, targets [B, T] bool."""
     tokens, _ = pad([tokens for tokens, _ in examples], length, pad_id)
     targets, _ = pad([targets for _, targets in examples], length, 0)
     return {"tokens": tokens, "targets": targets.astype(bool)}
 
 
-def sft_loss_sums(params: Params, batch: Batch, *, config: LlamaConfig) -> LossTerms:
+def packed_batch(examples: Sequence[Example], rows: int, length: int, pad_id: int) -> dict[str, np.ndarray]:
+    """Examples packed into rows by `io.batches.first_fit`.
+
+    Args:
+        examples: tokens and targets; an example's first token is never a target, since nothing before it predicts it.
+        rows: R, at least as many as `first_fit` needs; those that are not needed stay empty.
+        length: T, tokens per row.
+        pad_id: what fills the rest.
+
+    Returns:
+        tokens, positions and segment_ids [R, T] int32, targets [R, T] bool. Segments count from 1 in each row; padding
+        is segment 0, so that it sees no example and none sees it.
+
+    Raises:
+        InputError: an example is longer than a row, or there are too few rows.
+        ValueError: an example's first token is a target.
+    """
+    packed = first_fit([len(tokens) for tokens, _ in examples], length)
+    if len(packed) > rows:
+        raise InputError(f"{len(examples)} demonstrations need {len(packed)} rows of {length} tokens, not {rows}")
+    tokens = np.full((rows, length), pad_id, np.int32)
+    positions, segments = np.zeros((rows, length), np.int32), np.zeros((rows, length), np.int32)
+    targets = np.zeros((rows, length), bool)
+    for row, places in enumerate(packed):
+        start = 0
+        for segment, place in enumerate(places, start=1):
+            own, wanted = examples[place]
+            if len(wanted) and wanted[0]:
+                raise ValueError(f"the first token of example {place} can't be a target: nothing before it predicts it")
+            here = slice(start, start + len(own))
+            tokens[row, here], targets[row, here] = own, wanted
+            positions[row, here], segments[row, here] = np.arange(len(own)), segment
+            start += len(own)
+    return {"tokens": tokens, "positions": positions, "segment_ids": segments, "targets": targets}
+
+
+def sft_loss_sums(params: Params, batch: Batch, *, config: LlamaConfig, z_loss: float) -> LossTerms:
     """Cross-entropy of the batch's targets.
 
     Args:
         params: the model's tree.
-        batch: from `example_batch`.
+        batch: from `example_batch` or `packed_batch`.
         config: the model's shape.
+        z_loss: weight of the mean of log(Z)^2 over targets, Z being the softmax's denominator (Chowdhery et al. 2022,
+            PaLM, section 5); 0 leaves it out.
 
     Returns:
         Sum of losses in nats, number of targets, metrics.
     """
     flat, config = decode_layout(params, config, platform())
-    states = hidden_states(flat, config, batch["tokens"])
+    states = hidden_states(
+        flat, config, batch["tokens"], positions=batch.get("positions"), segment_ids=batch.get("segment_ids")
+    )
     figures = hidden_figures(flat, config, states, shifted(batch["tokens"]), 1.0, with_entropy=False)
-    return target_sums(figures, shifted(batch["targets"]))
+    targets = shifted(batch["targets"])
+    total, (number, metrics) = target_sums(figures, targets)
+    if z_loss:
+        squares = masked_sum(jnp.square(figures.logsumexp), targets)
+        total, metrics = total + z_loss * squares, {**metrics, "z_squared": (squares, number)}
+    return total, (number, metrics)

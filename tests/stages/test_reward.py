@@ -195,7 +195,9 @@ def test_length_matched_accuracy_gives_longer_wins_one_half() -> None:
 
 
 def test_figures_of_pairs_by_hand() -> None:
-    figures = pair_figures.pair_figures(np.array([0.3, -0.1, 0.0, 3.0], np.float32), np.array([5, -12, 7, -60]))
+    figures = pair_figures.pair_figures(
+        np.array([0.3, -0.1, 0.0, 3.0], np.float32), np.array([5, -12, 7, -60]), list("aabc")
+    )
     assert figures["held_out"] == 4 and figures["accuracy"] == 0.625
     assert figures["longer_wins_accuracy"] == 0.5
     assert figures["by_margin"] == [
@@ -208,6 +210,74 @@ def test_figures_of_pairs_by_hand() -> None:
         (-25, -10, 1),
         (0, 10, 2),
     ]
+
+
+def test_interval_of_length_matched_accuracy_by_hand() -> None:
+    # One stratum: 3 longer (2 right), 1 shorter (right), one of equal length (wrong); weights 1/3, 1, 1; mean 5/9.
+    gaps, hits = np.array([3, 4, 5, -2, 0]), np.array([1.0, 1.0, 0.0, 1.0, 0.0])
+    mean = (2 / 3 + 1) / 3
+    coins = 0.25 * (3 * (1 / 3) ** 2 + 2)
+    alone = (2 * (1 / 3) ** 2 * (1 - mean) ** 2) + ((1 / 3) ** 2 + 1) * mean**2 + (1 - mean) ** 2
+    # Five groups of one pair each differ by a little more than coins would.
+    assert alone > coins
+    spread = 1.96 * np.sqrt(alone) / 3
+    assert pair_figures.length_matched_interval(hits, gaps, list("abcde")) == pytest.approx(
+        [max(mean - spread, 0), min(mean + spread, 1)]
+    )
+    # Many pairs of few queries: the variance between queries counts, not the number of pairs.
+    gaps, hits = np.zeros(400, int), np.repeat([1.0, 0.0, 1.0, 1.0], 100)
+    low, high = pair_figures.length_matched_interval(hits, gaps, ["a"] * 100 + ["b"] * 100 + ["c"] * 200)
+    wide = 1.96 * np.sqrt(25**2 + 75**2 + 50**2) / 400
+    assert (low, high) == pytest.approx((0.75 - wide, 1.0))
+    low, high = pair_figures.length_matched_interval(hits, gaps, [str(i) for i in range(400)])
+    assert (low, high) == pytest.approx((0.75 - 1.96 * 0.5 / 20, 0.75 + 1.96 * 0.5 / 20))
+    assert pair_figures.length_matched_interval(np.ones(2), np.array([5, 5]), ["a", "b"]) is None
+
+
+def test_a_scorer_of_length_alone_is_called_out_and_a_good_one_is_not() -> None:
+    generator = np.random.default_rng(6)
+    gaps = np.where(generator.random(600) < 0.8, 1, -1) * generator.integers(1, 200, 600)
+    groups = [f"q{i // 5}" for i in range(600)]
+    length = pair_figures.pair_figures(gaps / 50 + generator.normal(0, 0.3, 600), gaps, groups)
+    assert length["length_only"] and length["length_correlation"] > 0.9 and length["accuracy"] > 0.7
+    low, high = length["length_matched_ci95"]
+    assert low <= 0.5 <= high
+    # Right in most pairs whatever the lengths, and so in line with length where the chosen text is longer.
+    good = pair_figures.pair_figures(1.0 + generator.normal(0, 0.7, 600), gaps, groups)
+    assert not good["length_only"] and good["length_matched_ci95"][0] > 0.8
+    # Length and more: warned of nothing, since it beats chance where length says nothing.
+    both = pair_figures.pair_figures(1.0 + gaps / 50 + generator.normal(0, 0.7, 600), gaps, groups)
+    assert both["length_correlation"] > 0.5 and not both["length_only"]
+    assert pair_figures.learned_length_alone(0.9, None) and not pair_figures.learned_length_alone(0.2, [0.3, 0.6])
+    # Which text is called chosen makes no difference.
+    flipped = np.where(generator.random(600) < 0.5, 1, -1)
+    margins = gaps / 50 + generator.normal(0, 1.0, 600)
+    assert pair_figures.length_correlation(margins * flipped, gaps * flipped) == pytest.approx(
+        pair_figures.length_correlation(margins, gaps)
+    )
+    assert pair_figures.length_correlation(np.zeros(4), np.arange(4)) == 0.0
+
+
+def test_all_figures_of_held_out_pairs_are_logged_and_length_alone_is_said(
+    make_run: Callable[..., Run], tmp_path: Path
+) -> None:
+    run = make_run(tmp_path)
+    comparisons = read_records(run.path("comparisons.jsonl"))
+    for place, record in enumerate(comparisons):
+        # Longer is better, whatever is said.
+        words = ("red", "bird")[place % 2]
+        record["chosen"]["text"], record["rejected"]["text"] = " ".join([words] * 9), " ".join([words] * 2)
+    write_records(run.path("comparisons.jsonl"), comparisons)
+    summary = reward.run_stage(run)
+    last = read_records(run.path("reward", "metrics.jsonl"))[-1]
+    assert last["held_out_longer_wins_accuracy"] == 1.0 == summary["longer_wins_accuracy"]
+    assert {"held_out_accuracy", "held_out_mean_margin", "held_out_length_correlation"} <= set(last)
+    assert any(name.startswith("held_out_accuracy/margin_") for name in last)
+    assert last["held_out_accuracy/length_gap_25_50"] == summary["accuracy"] == 1.0
+    assert last["held_out_length_only"] == 1.0 and summary["length_only"] is True
+    said = run.console.file.getvalue()  # type: ignore[attr-defined]
+    assert "reward: warning: scores follow length" in said and "no pair can be matched by length" in said
+    assert json.loads(run.path("reward", "evaluation.json").read_bytes())["length_matched_accuracy"] is None
 
 
 def test_votes_come_from_a_file_with_or_without_prompts(tmp_path: Path) -> None:

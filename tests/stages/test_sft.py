@@ -1,6 +1,7 @@
 """Fine-tuning: which tokens are targets, what the model is asked afterwards, exact resume."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from almost_jax.core.attention import attention, causal_mask
 from almost_jax.core.llama import hidden_states, logits
+from almost_jax.core.splash import splash_attention
+from almost_jax.core.train import accumulate_gradients
 from almost_jax.errors import InputError
+from almost_jax.io.batches import first_fit
 from almost_jax.io.models import Model, load_model
 from almost_jax.io.records import read_records, write_records
 from almost_jax.io.run import Run
@@ -70,7 +75,7 @@ def test_loss_is_the_mean_over_targets_of_ragged_examples(small: Model) -> None:
     examples = [dialogues.training_tokens(small.tokenizer, TWO_TURNS[:size]) for size in (2, 4)]
     batch = sft.example_batch(examples, 32, small.tokenizer.pad_id)
     placed = {name: jnp.asarray(array) for name, array in batch.items()}
-    total, (targets, _) = sft.sft_loss_sums(small.params, placed, config=small.config)
+    total, (targets, _) = sft.sft_loss_sums(small.params, placed, config=small.config, z_loss=0.0)
     expected, count = 0.0, 0
     for tokens, wanted in examples:
         scores = logits(small.params, small.config, hidden_states(small.params, small.config, jnp.asarray([tokens])))
@@ -84,9 +89,125 @@ def test_loss_is_the_mean_over_targets_of_ragged_examples(small: Model) -> None:
     # Padding is masked by length, also where the pad token is a real one.
     other = sft.example_batch(examples, 48, small.tokenizer.eos_id)
     again, (same, _) = sft.sft_loss_sums(
-        small.params, {name: jnp.asarray(array) for name, array in other.items()}, config=small.config
+        small.params, {name: jnp.asarray(array) for name, array in other.items()}, config=small.config, z_loss=0.0
     )
     assert int(same) == count and float(again) == pytest.approx(expected, rel=1e-5)
+
+
+RAGGED = [(7, 3), (12, 1), (5, 2), (16, 9), (3, 1), (9, 4)]
+
+
+def ragged_examples(vocab: int) -> list[sft.Example]:
+    """Examples of odd lengths, the last tokens of each being targets."""
+    generator = np.random.default_rng(5)
+    return [
+        (generator.integers(1, vocab, size).tolist(), [place >= size - wanted for place in range(size)])
+        for size, wanted in RAGGED
+    ]
+
+
+def test_packing_keeps_examples_whole_and_apart() -> None:
+    assert first_fit([7, 12, 5, 16, 3, 9], 17) == [[3], [1, 2], [5, 0], [4]]
+    assert first_fit([4, 4, 4], 8) == [[0, 1], [2]] and first_fit([], 3) == []
+    with pytest.raises(InputError, match="sequence 1 has 9 tokens, but rows have room for 8"):
+        first_fit([3, 9], 8)
+    examples = ragged_examples(20)
+    batch = sft.packed_batch(examples, 5, 17, 0)
+    found = []
+    for row in range(5):
+        for segment in range(1, batch["segment_ids"][row].max() + 1):
+            here = batch["segment_ids"][row] == segment
+            assert (np.diff(np.flatnonzero(here)) == 1).all()
+            np.testing.assert_array_equal(batch["positions"][row][here], np.arange(here.sum()))
+            found.append((batch["tokens"][row][here].tolist(), batch["targets"][row][here].tolist()))
+    assert sorted(found) == sorted((list(tokens), list(targets)) for tokens, targets in examples)
+    assert not batch["targets"][batch["segment_ids"] == 0].any() and not batch["segment_ids"][4].any()
+    with pytest.raises(InputError, match="6 demonstrations need 4 rows of 17 tokens, not 3"):
+        sft.packed_batch(examples, 3, 17, 0)
+    with pytest.raises(ValueError, match="first token of example 0 can't be a target"):
+        sft.packed_batch([([3, 4], [True, True])], 1, 4, 0)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_22_losses_and_gradients_are_equal_packed_and_unpacked(small: Model, micro_batches: int) -> None:
+    examples = ragged_examples(small.config.vocab_size)
+    packed = sft.packed_batch(examples, 4, 19, small.tokenizer.eos_id)
+    unpacked = sft.example_batch(examples, 16, small.tokenizer.pad_id)
+    loss = functools.partial(sft.sft_loss_sums, config=small.config, z_loss=0.3)
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def gradients(params: Any, batch: Any, parts: int) -> Any:
+        return accumulate_gradients(loss, params, batch, parts)
+
+    found, figures = gradients(small.params, packed, micro_batches)
+    expected, plain = gradients(small.params, unpacked, 1)
+    for name in ("loss", "accuracy", "z_squared"):
+        assert float(figures[name]) == pytest.approx(float(plain[name]), abs=1e-5)
+    for left, right in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(left, right, atol=1e-5)
+    # The test would see neighbours: without segments the loss is another.
+    blurred = {name: array for name, array in packed.items() if name != "segment_ids"}
+    assert abs(float(gradients(small.params, blurred, 1)[1]["loss"]) - float(plain["loss"])) > 1e-3
+
+
+def test_packed_rows_are_equal_under_splash_attentions_kernel() -> None:
+    """The kernel's own segment ids hold examples apart, as the plain mask does."""
+    batch = sft.packed_batch([([1] * size, [False] * size) for size in (50, 70, 90, 30)], 2, 128, 0)
+    generator = np.random.default_rng(2)
+    q, k, v = (jnp.asarray(generator.normal(size=(2, 128, heads, 64)), jnp.float32) for heads in (4, 2, 2))
+    segments = jnp.asarray(batch["segment_ids"])
+    plain = attention(q, k, v, causal_mask(jnp.asarray(batch["positions"]), segments))
+    real = batch["segment_ids"] > 0
+    found = splash_attention(q, k, v, segments, interpret=True)
+    np.testing.assert_allclose(np.asarray(found)[real], np.asarray(plain)[real], atol=1e-5)
+
+
+def test_z_loss_by_hand(small: Model) -> None:
+    examples = [dialogues.training_tokens(small.tokenizer, TWO_TURNS)]
+    batch = {name: jnp.asarray(array) for name, array in sft.example_batch(examples, 24, 0).items()}
+    plain, (number, _) = sft.sft_loss_sums(small.params, batch, config=small.config, z_loss=0.0)
+    total, (_, metrics) = sft.sft_loss_sums(small.params, batch, config=small.config, z_loss=0.5)
+    scores = np.asarray(
+        logits(small.params, small.config, hidden_states(small.params, small.config, batch["tokens"])), np.float64
+    )[0]
+    where = np.flatnonzero(batch["targets"][0]) - 1
+    squares = np.square(np.log(np.exp(scores[where]).sum(axis=-1))).sum()
+    assert float(total - plain) == pytest.approx(0.5 * squares, rel=1e-5)
+    assert float(metrics["z_squared"][0]) == pytest.approx(squares, rel=1e-5)
+    assert int(metrics["z_squared"][1]) == int(number) == len(where)
+
+
+def test_28_packed_fine_tuning_takes_the_same_steps_and_resumes_to_the_byte(
+    make_run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = {"optimizer": {"learning_rate": 3e-3}, "batch_size": 8, "checkpoint_every": 2, "log_every": 1}
+    section = {"training": {**training, "max_length": 64, "micro_batches": 2}, "packed_length": 72, "z_loss": 1e-4}
+    plain = make_run(tmp_path / "plain", sft={**section, "packed_length": 0})
+    whole, stopped = (make_run(tmp_path / name, sft=section) for name in ("whole", "stopped"))
+    unpacked = sft.fine_tune(plain, "sft", "demonstrations.jsonl")
+    packed = sft.fine_tune(whole, "sft", "demonstrations.jsonl")
+    assert packed["steps"] == unpacked["steps"] == 3 and packed["fill"] > 1.3 * unpacked["fill"]
+    for ours, theirs in zip(
+        read_records(whole.path("sft", "metrics.jsonl")), read_records(plain.path("sft", "metrics.jsonl")), strict=True
+    ):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    packed_batch = sft.packed_batch
+    calls: list[int] = []
+
+    def stopping(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise Stopped
+        return packed_batch(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(sft, "packed_batch", stopping)
+        sft.fine_tune(stopped, "sft", "demonstrations.jsonl")
+    sft.fine_tune(stopped, "sft", "demonstrations.jsonl")
+    assert whole.path("sft", "metrics.jsonl").read_bytes() == stopped.path("sft", "metrics.jsonl").read_bytes()
+    ours, theirs = (load_model(str(run.path("sft", "model")), run.mesh, "float32") for run in (whole, stopped))
+    for left, right in zip(jax.tree.leaves(ours.params), jax.tree.leaves(theirs.params), strict=True):
+        np.testing.assert_array_equal(left, right)
 
 
 def test_human_tokens_get_no_gradient_as_targets(small: Model) -> None:
@@ -99,7 +220,7 @@ def test_human_tokens_get_no_gradient_as_targets(small: Model) -> None:
         params = {**small.params, "lm_head": {"kernel": head}}
         placed = {name: jnp.asarray(array) for name, array in batch.items()}
         # A word's own logit matters at targets alone.
-        return sft.sft_loss_sums(params, placed, config=config)[0]
+        return sft.sft_loss_sums(params, placed, config=config, z_loss=0.0)[0]
 
     gradient = jax.grad(loss)(small.params["lm_head"]["kernel"])
     red = small.tokenizer.encode("red")[0]
