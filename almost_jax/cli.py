@@ -1,6 +1,7 @@
-"""The command line: run, sweep, status, report, import, export, generate, score, evaluate, lm-eval, chat, plan."""
+"""The command line: runs and sweeps, checkpoints in and out, generate, score, evaluate, chat, plan, doctor."""
 
 import datetime
+import errno
 import os
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from almost_jax.commands import chat, evaluate, generate, harness, judge, models, scoring
+from almost_jax.commands.doctor import doctor_command
 from almost_jax.commands.places import keep_compiled_programs
 from almost_jax.commands.plan import plan_command
 from almost_jax.errors import InputError, TrainingDiverged
@@ -145,6 +147,7 @@ app.add_typer(evaluate.app, name="evaluate")
 # What it takes is the harness's business.
 app.command("lm-eval", context_settings={"ignore_unknown_options": True})(harness.harness_command)
 app.command("plan")(plan_command)
+app.command("doctor")(doctor_command)
 app.command("judge")(judge.vicuna_command)
 app.command("reviews")(judge.reviews_command)
 
@@ -158,6 +161,13 @@ def main(arguments: list[str] | None = None) -> None:
         code = BAD_INPUT
     except TrainingDiverged as error:
         _complain(str(error))
+        code = FAILED
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        # Whatever was being written has a name of its own until it is whole.
+        where = f"{error.filename}: " if error.filename else ""
+        _complain(f"{where}{error.strerror}; nothing finished is lost: make room, and the same command goes on")
         code = FAILED
     except typer.TyperException as error:
         _complain(f"{error.format_message()} (see almost-jax --help)")

@@ -417,6 +417,27 @@ class PpoGuardsConfig(Section):
     max_skips: PositiveInt = 10
 
 
+class DpoConfig(Section):
+    """Direct preference optimisation from the kept pairs, a baseline beside RLSF; off without a `dpo:` section.
+
+    `length_normalized` divides log-probs by the number of the response's tokens; `label_smoothing` belongs to the
+    sigmoid objective.
+    """
+
+    beta: Positive = 0.1
+    objective: Literal["sigmoid", "ipo"] = "sigmoid"
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5, strict=True)] = 0.0
+    length_normalized: Flag = False
+    held_out: NonNegativeInt = 500
+    training: TrainingConfig = TrainingConfig(optimizer=OptimizerConfig(learning_rate=1e-6))
+
+    @model_validator(mode="after")
+    def _smoothing_fits(self) -> "DpoConfig":
+        if self.objective == "ipo" and self.label_smoothing:
+            raise wrong("label_smoothing", "belongs to objective sigmoid; leave it at 0 with ipo")
+        return self
+
+
 class PpoConfig(Section):
     """RLSF: PPO from the SFT policy against the reward model (paper stage 3).
 
@@ -569,6 +590,7 @@ class ExperimentConfig(Section):
     reward: RewardConfig
     demonstrations: DemonstrationsConfig
     sft: SftConfig
+    dpo: DpoConfig | None = None
     ppo: PpoConfig
     evaluation: EvaluationConfig
 

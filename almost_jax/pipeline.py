@@ -47,7 +47,7 @@ from almost_jax.io.preemption import stops_on_sigterm
 from almost_jax.io.records import write_bytes
 from almost_jax.io.run import Run
 from almost_jax.report import page
-from almost_jax.stages import as_is_reward, comparisons, demonstrations, queries, reward, rlsf, sft
+from almost_jax.stages import as_is_reward, comparisons, demonstrations, dpo, queries, reward, rlsf, sft
 
 # status.json says this often how far a running stage is.
 SECONDS_BETWEEN_STEPS = 5.0
@@ -133,12 +133,13 @@ STAGES: tuple[Stage, ...] = (
         ("demonstrations.jsonl", "demonstrations_self_play.jsonl"),
     ),
     Stage("sft", sft.run_stage, ("sft", _SUMS), ("demonstrations",), ("sft", "sft_self_play")),
+    Stage("dpo", dpo.run_stage, ("dpo", _SUMS), ("queries", "comparisons", "sft"), ("dpo",)),
     Stage("rlsf", rlsf.run_stage, ("ppo", _SUMS), ("reward", "demonstrations", "sft"), ("rlsf",)),
     Stage(
         "evaluation",
         evaluation_stage,
         tuple(f"evaluation.{key}" for key in EvaluationConfig.model_fields if key not in BENCHMARKS),
-        ("evaluation_queries", "as_is_reward", "comparisons", "reward", "demonstrations", "sft", "rlsf"),
+        ("evaluation_queries", "as_is_reward", "comparisons", "reward", "demonstrations", "sft", "dpo", "rlsf"),
         tuple(f"evaluation/{name}" for name in ("items.jsonl", "played.jsonl", "scores.json", "gold.json")),
     ),
     Stage(

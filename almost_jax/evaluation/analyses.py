@@ -29,6 +29,9 @@ Item = dict[str, Any]
 Scores = dict[str, list[float]]
 
 POLICIES = ("prompted", "sft_self_play", "sft", "rlsf")
+# What else can be made of the SFT policy and the synthetic pairs, beside RLSF: without a reward model and rollouts, and
+# without training at all.
+RIVALS = ("dpo", "sft_best_of_n")
 FILTERS = ("raw", "heuristic", "as_is")
 HEURISTIC = ("empty", "identical", "keyword", "length")
 LENGTH_BINS = 10
@@ -45,6 +48,7 @@ DEFINITIONS = {
     "side as much as the smaller of the two); preferring the longer gives exactly 0.5",
     "best_of_n": "mean gold score of the first sample, of the reward model's choice among the samples, and of the best "
     "sample",
+    "sft_best_of_n": "the reward model's choice among samples of the SFT policy, one choice per query",
     "kl": "mean over responses of log policy - log SFT policy, summed over the response's tokens (nats)",
 }
 
@@ -202,6 +206,43 @@ def reward_accuracy(items: Sequence[Item], queries: Sequence[str], bootstrap: Bo
         "reward_model_gains": gains,
         "reward_model_details": {name: details[name] for name in order},
     }
+
+
+def beside_rlsf(items: Sequence[Item], queries: Sequence[str], bootstrap: Bootstrap) -> dict[str, Any]:
+    """RLSF beside its rivals on the same pairs and prompts.
+
+    Args:
+        items: of the systems `policy/sft`, `policy/rlsf` and those of `RIVALS` that were sampled; where there are
+            several samples of a query, the reward model's choice counts.
+        queries: ids of the held-out queries.
+        bootstrap: how intervals are drawn.
+
+    Returns:
+        "rivals": {name: {"mean", "ci95", "n", "characters"}} with sft and rlsf among them, and "rival_gains": each over
+        sft, and rlsf over each, as "better - worse".
+    """
+    chosen = {name: _choices(of_system(items, f"policy/{name}")) for name in ("sft", *RIVALS, "rlsf")}
+    sums = {name: clusters(collect(group, "gold"), queries) for name, group in chosen.items() if group}
+    gains = [(name, "sft") for name in sums if name != "sft"] + [("rlsf", name) for name in RIVALS]
+    return {
+        "rivals": {
+            name: {
+                **interval(quantity, bootstrap),
+                "characters": float(np.mean([len(item["text"]) for item in chosen[name]])),
+            }
+            for name, quantity in sums.items()
+        },
+        "rival_gains": {
+            f"{better} - {worse}": difference(sums[better], sums[worse], bootstrap)
+            for better, worse in gains
+            if better in sums and worse in sums
+        },
+    }
+
+
+def _choices(items: Sequence[Item]) -> list[Item]:
+    """The reward model's choice among each query's samples; ties go to the earlier sample."""
+    return [max(group, key=lambda item: (item["reward"], -item["sample"])) for group in _by_query(items).values()]
 
 
 def best_of_n(items: Sequence[Item], n: int, queries: Sequence[str], bootstrap: Bootstrap) -> dict[str, Any]:

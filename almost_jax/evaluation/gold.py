@@ -49,10 +49,13 @@ def analyse(run: Run, queries: Sequence[Record], items: Sequence[Item]) -> dict[
         **analyses.demonstration_quality(played, gold_score, lambda text: kind(text) != OTHER, bootstrap),
         "policies": policies,
         "steps": steps,
+        **analyses.beside_rlsf(policy_items, ids, bootstrap),
         "rlsf_curve": analyses.over_optimisation(
             curve, ("kl", "reward", "gold"), ids[: config.evaluation.curve_queries], bootstrap
         ),
-        "by_kind": analyses.by_kind([*of_configurations, *policy_items]),
+        "by_kind": analyses.by_kind(
+            [*of_configurations, *(item for item in policy_items if item["system"] != "policy/sft_best_of_n")]
+        ),
         "by_length": analyses.by_length(of_configurations),
         "lengths": analyses.response_lengths(items),
         "definitions": analyses.DEFINITIONS,

@@ -122,10 +122,10 @@ def systems(run: Run, queries: Sequence[Record]) -> list[System]:
         load = partial(run.model, model.model)
         return System(name, load, text, sampling, samples, queries, seed, as_is=as_is or everything)
 
-    def trained(name: str, folder: str) -> System:
+    def trained(name: str, folder: str, samples: int) -> System:
         seed = run.seed(f"evaluation/{name}")
         load = partial(trained_model, run, folder)
-        return System(name, load, "", settings.sampling, 1, queries, seed, as_is=everything)
+        return System(name, load, "", settings.sampling, samples, queries, seed, as_is=everything)
 
     found = [
         prompted(f"configuration/{name}", model, comparisons.sampling, 1, True)
@@ -135,10 +135,15 @@ def systems(run: Run, queries: Sequence[Record]) -> list[System]:
     base = settings.prompted or demonstrations.assistant.model_copy(update={"model": config.sft.model})
     found.append(prompted("policy/prompted", base, settings.sampling, 1, False))
     found += [
-        trained(f"policy/{name}", f"{name}/model")
+        trained(f"policy/{name}", f"{name}/model", 1)
         for name in analyses.POLICIES[1:]
         if name != "sft_self_play" or demonstrations.baseline
     ]
+    if config.dpo is not None:
+        found.append(trained("policy/dpo", "dpo/model", 1))
+    if settings.gold:
+        # Only what knows the truth can say what choosing by the reward model is worth.
+        found.append(trained("policy/sft_best_of_n", "sft/model", settings.best_of))
     # The policies of the curve share a seed, so that what differs between them is less the draw.
     seed, some = run.seed("evaluation/curve"), queries[: settings.curve_queries]
     for step in _snapshots(run):

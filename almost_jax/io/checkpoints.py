@@ -1,23 +1,28 @@
 """Checkpoints: trees of arrays written by Orbax, committed by a rename, restored byte for byte onto given shardings.
 
-Beside its arrays every checkpoint keeps a list of its files with their digests. Orbax alone reads a changed byte
-without a word, and stumbles loudly over a cut file; so the list is checked first. A torn checkpoint (its writer was
-killed, a file was cut) is passed over in favour of the one before it; one that holds another tree is an error.
+Training goes on while a checkpoint is written: `save` returns once the arrays are copied, and the next save, `wait` and
+`close` come after the commit. Beside its arrays every checkpoint keeps a list of its files with their digests. Orbax
+alone reads a changed byte without a word, and stumbles loudly over a cut file; so the list is checked first. A torn
+checkpoint (its writer was killed, a file was cut) is passed over in favour of the one before it, and so is one that
+holds another tree.
 """
 
 import hashlib
 import json
 import shutil
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
 from almost_jax.errors import InputError
+from almost_jax.io.folders import check_room, refusal
 from almost_jax.io.records import write_bytes
 
 FILES = "files.json"
@@ -114,16 +119,17 @@ class Checkpoints:
         Args:
             directory: holds one folder per step, named by the step alone.
             keep: how many stay, at least 1; older ones go once a new one is whole.
-            say: told, in one line, of each torn checkpoint that is passed over.
+            say: told, in one line, of each checkpoint that is passed over.
         """
         if keep < 1:
             raise ValueError(f"keep {keep} checkpoints? At least 1 must stay")
         self.directory = Path(directory).absolute()
         self._keep = keep
         self._say = say
+        self._writing: _Writing | None = None
 
     def save(self, step: int, tree: Any, extra: dict[str, Any]) -> None:
-        """Write a checkpoint; it is on disk when this returns, so the arrays may be donated at once.
+        """Begin to write a checkpoint, after the one before it is whole; the arrays may be donated at once.
 
         Checkpoints of later steps, left by a run that is being repeated, are removed.
 
@@ -131,27 +137,60 @@ class Checkpoints:
             step: 0 or more.
             tree: arrays on any shardings.
             extra: what JSON can hold, exactly.
+
+        Raises:
+            InputError: there is no room on the disk, for this checkpoint or the one before it; what was whole stays.
         """
-        temporary, final = self.directory / f".saving-{step}", self.directory / str(step)
+        self.wait()
         text = json.dumps(extra, allow_nan=False).encode()
-        primary = jax.process_index() == 0
-        if primary:
+        temporary = self.directory / f".saving-{step}"
+        if jax.process_index() == 0:
+            self.directory.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
+            check_room(temporary, sum(leaf.nbytes for leaf in jax.tree.leaves(tree)))
+            temporary.mkdir()
         _wait_for_all(f"{temporary} made")
-        save_tree(temporary / TREE, tree)
-        _wait_for_all(f"{temporary} written")
-        if primary:
-            (temporary / EXTRA).write_bytes(text)
-            seal(temporary)
-            # The only moment without this step on disk, and the one before it is still there.
-            shutil.rmtree(final, ignore_errors=True)
-            temporary.rename(final)
-            self._remove_others(step)
-        _wait_for_all(f"{final} committed")
+        self._writing = _Writing(temporary / TREE, tree, lambda: self._commit(step, temporary, text))
+
+    def wait(self) -> None:
+        """Come back when what `save` has begun is whole on disk.
+
+        Raises:
+            InputError: it can't be written, as on a full disk; what was whole before stays.
+        """
+        writing, self._writing = self._writing, None
+        if writing is None:
+            return
+        try:
+            writing.finish()
+        except Exception as error:
+            self._remove_unfinished()
+            reason = refusal(error)
+            if reason is None:
+                raise
+            steps = self._listed()
+            last = f"step {max(steps)} is the last whole one" if steps else "there is no whole one"
+            raise InputError(
+                f"{self.directory}: the checkpoint can't be written ({reason}); {last}: "
+                "make room, then the same command goes on from there"
+            ) from error
+
+    def _commit(self, step: int, temporary: Path, text: bytes) -> None:
+        """Give a written checkpoint its name; the first process alone."""
+        final = self.directory / str(step)
+        (temporary / EXTRA).write_bytes(text)
+        seal(temporary)
+        # The only moment without this step on disk, and the one before it is still there.
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+        steps = self._listed()
+        kept = [other for other in steps if other <= step][-self._keep :]
+        for other in steps:
+            if other not in kept:
+                shutil.rmtree(self.directory / str(other), ignore_errors=True)
 
     def restore(self, expected: Any) -> tuple[int, Any, dict[str, Any]] | None:
-        """Read the latest whole checkpoint; the folder is not changed.
+        """Read the latest checkpoint that is whole and holds this tree; the folder is not changed.
 
         Args:
             expected: the tree, as arrays or `jax.ShapeDtypeStruct`; its shardings are those restored onto, and where it
@@ -161,28 +200,43 @@ class Checkpoints:
             (step, tree, extra), or None when there is no whole checkpoint.
 
         Raises:
-            InputError: another tree is stored; names the leaf, what is found and what is expected.
+            InputError: every whole checkpoint holds another tree; names the leaf, what is found and what is expected.
         """
+        foreign: InputError | None = None
         for step in reversed(self.steps()):
             folder = self.directory / str(step)
             damage = find_damage(folder)
             if damage is not None:
                 self._say(f"{folder}: torn checkpoint passed over ({damage})")
                 continue
-            return step, restore_tree(folder / TREE, expected), json.loads((folder / EXTRA).read_bytes())
+            try:
+                return step, restore_tree(folder / TREE, expected), json.loads((folder / EXTRA).read_bytes())
+            except InputError as error:
+                self._say(f"{folder}: foreign checkpoint passed over ({error})")
+                foreign = foreign or error
+        if foreign is not None:
+            # Nothing fits: to start over in silence would throw away what may only have been misplaced.
+            raise foreign
         return None
 
     def steps(self) -> list[int]:
-        """The steps committed, ascending; torn ones are among them."""
+        """The steps committed, ascending, after what is being written; torn ones are among them."""
+        self.wait()
+        return self._listed()
+
+    def _listed(self) -> list[int]:
         if not self.directory.is_dir():
             return []
         return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdecimal() and path.is_dir())
 
     def close(self) -> None:
-        """Nothing is pending after a save; remove what a killed one left."""
-        if jax.process_index() == 0:
-            for path in self.directory.glob(".saving-*"):
-                shutil.rmtree(path, ignore_errors=True)
+        """Wait for what is being written, and remove what a killed save left.
+
+        Raises:
+            InputError: see `wait`.
+        """
+        self.wait()
+        self._remove_unfinished()
 
     def __enter__(self) -> "Checkpoints":
         """The checkpoints themselves."""
@@ -192,13 +246,54 @@ class Checkpoints:
         """Close."""
         self.close()
 
-    def _remove_others(self, step: int) -> None:
-        steps = self.steps()
-        kept = [other for other in steps if other <= step][-self._keep :]
-        for other in steps:
-            if other not in kept:
-                shutil.rmtree(self.directory / str(other), ignore_errors=True)
-        self.close()
+    def _remove_unfinished(self) -> None:
+        if jax.process_index() == 0:
+            for path in self.directory.glob(".saving-*"):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+class _Writing:
+    """A tree on its way to disk, and what is done once it is there.
+
+    A process of its own commits in the background as soon as all is written. Several commit when all of them ask: they
+    must wait for each other, which the main thread alone may do.
+    """
+
+    def __init__(self, folder: Path, tree: Any, commit: Callable[[], None]) -> None:
+        # On a CPU "a copy on the host" is the array itself, which the next step overwrites.
+        own = jax.tree.map(jnp.copy, tree) if jax.default_backend() == "cpu" else tree
+        self._checkpointer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
+        self._checkpointer.save(folder, args=ocp.args.PyTreeSave(own))
+        self._folder = folder
+        self._commit = commit
+        self._error: BaseException | None = None
+        self._thread: threading.Thread | None = None
+        if jax.process_count() == 1:
+            # Not a daemon: a process that ends by itself ends after the commit.
+            self._thread = threading.Thread(target=self._work, name="commit of a checkpoint")
+            self._thread.start()
+
+    def finish(self) -> None:
+        """Wait until it is written, and commit if that isn't done; raises what went wrong on the way."""
+        if self._thread is not None:
+            self._thread.join()
+        else:
+            self._checkpointer.wait_until_finished()
+            _wait_for_all(f"{self._folder} written")
+            if jax.process_index() == 0:
+                self._commit()
+            _wait_for_all(f"{self._folder} committed")
+            self._checkpointer.close()
+        if self._error is not None:
+            raise self._error
+
+    def _work(self) -> None:
+        try:
+            self._checkpointer.wait_until_finished()
+            self._commit()
+            self._checkpointer.close()
+        except BaseException as error:
+            self._error = error
 
 
 def _kind(leaf: Any) -> str:

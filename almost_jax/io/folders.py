@@ -59,7 +59,7 @@ def whole_folder(directory: Path, size: int) -> Iterator[Path]:
             # One that something else has filled meanwhile stays.
             with suppress(OSError):
                 parent.rmdir()
-        reason = _cause(error)
+        reason = refusal(error)
         if reason is None:
             raise
         raise InputError(f"{directory}: can't be written ({reason})") from error
@@ -86,11 +86,13 @@ def _missing_parents(directory: Path) -> list[Path]:
     return [parent for parent in directory.parents if not parent.exists()]
 
 
-def _cause(error: BaseException) -> str | None:
+def refusal(error: BaseException) -> str | None:
     """Why a disk refused, in few words; None when the error is of another kind."""
     if isinstance(error, InputError) or not isinstance(error, Exception):
         return None
     if any(sign in str(error) for sign in _FULL):
+        return "No space left on device"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return "No space left on device"
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EDQUOT, errno.ENOTDIR):
         return error.strerror

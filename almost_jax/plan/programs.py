@@ -161,12 +161,12 @@ def _supervised(
 
 def _sft_step(config: ExperimentConfig, mesh: Mesh) -> Program:
     settings, training = config.sft, config.sft.training
-    shape, whole = (training.batch_size, training.max_length), ("tokens",)
+    shape, whole = (training.batch_size, training.max_length), ["tokens"]
     if settings.packed_length:
         fitting = settings.packed_length // training.max_length
         split = training.micro_batches * mesh.shape["data"] * mesh.shape["fsdp"]
         shape = (-(-training.batch_size // (fitting * split)) * split, settings.packed_length)
-        whole = ("tokens", "positions", "segment_ids")
+        whole += ["positions", "segment_ids"]
     batch = {name: _rows(mesh, shape, jnp.int32) for name in whole} | {"targets": _rows(mesh, shape, jnp.bool_)}
     loss = functools.partial(sft_loss_sums, z_loss=settings.z_loss)
     return _supervised(config, mesh, "sft_step", settings.model, training, False, loss, batch)

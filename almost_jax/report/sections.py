@@ -26,6 +26,7 @@ CURVES = {
     "reward": ("loss", "accuracy", "held_out_accuracy"),
     "sft_self_play": ("loss", "accuracy", "held_out_loss"),
     "sft": ("loss", "accuracy", "held_out_loss"),
+    "dpo": ("loss", "accuracy", "held_out_loss", "held_out_accuracy"),
     "rlsf": ("reward", "kl", "response_length", "entropy", "missing_eos", "explained_variance"),
 }
 STAGE_NAMES = {
@@ -33,6 +34,7 @@ STAGE_NAMES = {
     "reward": "reward model",
     "sft_self_play": "SFT on plain self-play",
     "sft": "SFT on guided self-play",
+    "dpo": "DPO",
     "rlsf": "RLSF",
 }
 SAMPLES_SHOWN = 8
@@ -272,7 +274,7 @@ def _policies(gold: Mapping[str, Any]) -> list[Block]:
         for name in POLICIES
         if f"policy/{name}" in gold["lengths"]
     )
-    return [
+    blocks: list[Block] = [
         FigureBlock(
             "policies",
             plots.policies(gold),
@@ -284,6 +286,10 @@ def _policies(gold: Mapping[str, Any]) -> list[Block]:
             "The same by kind of query; n is the number of queries of the kind.",
         ),
     ]
+    if gold.get("rivals"):
+        text = "What else can be made of the SFT policy and the same synthetic pairs, on the same queries."
+        blocks.append(TableBlock(tables.rivals_table(gold), text))
+    return blocks
 
 
 def _curve(gold: Mapping[str, Any]) -> list[Block]:
@@ -352,7 +358,18 @@ def _self_play(material: Material) -> list[Block]:
 
 
 def _training(material: Material) -> list[Block]:
+    files = {stage: load_json(material.directory / stage / "evaluation.json") for stage in ("as_is_reward", "reward")}
+    judged = {STAGE_NAMES[stage]: found for stage, found in files.items() if found and "length_only" in found}
     blocks: list[Block] = []
+    if judged:
+        blocks.append(
+            TableBlock(
+                tables.reward_models_table(judged),
+                "Reward models on pairs held out from their own training, whose labels are the rule of thumb's or the "
+                "votes'. The correlation is that of score and length differences within pairs; the warning says that "
+                "it is high and that the length-matched accuracy can't be told from chance.",
+            )
+        )
     for stage, fields in CURVES.items():
         path = material.directory / stage / "metrics.jsonl"
         figure = plots.training_curves(read_records(path), fields) if path.exists() else None

@@ -17,6 +17,11 @@ POLICY_NAMES = {
     "sft": "SFT on guided self-play",
     "rlsf": "RLSF",
 }
+RIVAL_NAMES = {
+    **POLICY_NAMES,
+    "dpo": "DPO on the same pairs",
+    "sft_best_of_n": "SFT, reward model's choice of N samples",
+}
 FILTER_NAMES = {"raw": "all pairs", "heuristic": "heuristic filter", "as_is": "+ as-is filter"}
 SOURCE_NAMES = {"self_play": "plain self-play", "reward_guided": "reward-guided self-play"}
 SCORER_NAMES = {
@@ -109,7 +114,53 @@ def claims(gold: Gold) -> list[Claim]:
     for worse, better in zip(order, order[1:], strict=False):
         text = f"{POLICY_NAMES[better]} beats {POLICY_NAMES[worse]}"
         add("policies", text, policies[worse], policies[better], gold["steps"].get(f"{better} - {worse}"))
+    rivals = gold.get("rivals", {})
+    for better, worse, text in (("dpo", "sft", "DPO beats SFT on guided self-play"), ("rlsf", "dpo", "RLSF beats DPO")):
+        if better in rivals and worse in rivals:
+            gain = gold["rival_gains"].get(f"{better} - {worse}")
+            add("policies", text, rivals[worse]["mean"], rivals[better]["mean"], gain)
     return found
+
+
+def rivals_table(gold: Gold) -> Table:
+    """RLSF, DPO and best-of-N from one SFT policy: gold score, gain over SFT, and what RLSF gains over each."""
+    rows = []
+    for name, figure in gold["rivals"].items():
+        gains = [gold["rival_gains"].get(key) for key in (f"{name} - sft", f"rlsf - {name}")]
+        # What RLSF gains over SFT stands in its own row already.
+        shown = gains[:1] + ([None] if name == "sft" else gains[1:])
+        cells = [
+            cell
+            for gain in shown
+            for cell in (("–", "–") if gain is None else (f"{gain['difference']:+.3f}", span(gain["ci95"], "+.3f")))
+        ]
+        mean, ci95 = number(figure["mean"]), span(figure["ci95"], ".3f")
+        rows.append((RIVAL_NAMES[name], mean, ci95, *cells, f"{figure['characters']:.0f}"))
+    interval = "95% interval"
+    header = ("policy", "gold score", interval, "over SFT", interval, "RLSF over it", interval, "characters")
+    return Table(header, rows, tuple(range(1, len(header))))
+
+
+def reward_models_table(figures: Mapping[str, Mapping[str, Any]]) -> Table:
+    """What each reward model does on its own held-out pairs, length in particular: {name: its evaluation.json}."""
+    rows = [
+        (
+            name,
+            f"{found['held_out']:,}",
+            number(found["accuracy"]),
+            number(found["longer_wins_accuracy"]),
+            number(found["length_matched_accuracy"]),
+            span(found["length_matched_ci95"], ".3f"),
+            f"{found['length_correlation']:.2f}",
+            "length alone" if found["length_only"] else "",
+        )
+        for name, found in figures.items()
+    ]
+    header = (
+        "reward model", "held-out pairs", "accuracy", "the longer one wins", "length-matched", "95% interval",
+        "rank correlation with length", "warning",
+    )  # fmt: skip
+    return Table(header, rows, tuple(range(1, len(header) - 1)))
 
 
 def figures(gold: Gold) -> dict[str, float]:

@@ -71,6 +71,7 @@ def build_run(folder: Path, home: Path, **sections: Any) -> Run:
         "reward": {"model": "vanilla"},
         "demonstrations": {"assistant": prompted, "user": prompted, "sampling": sampling},
         "sft": {"model": "vanilla"},
+        "dpo": {},
         "ppo": {},
         "evaluation": {
             "gold": True,
@@ -108,7 +109,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     run = build_run(home / "run", home)
     source = load_model(str(vanilla), run.mesh, "float32")
-    for seed, name in enumerate(("sft/model", "sft_self_play/model", "rlsf/model", "rlsf/policies/2"), start=1):
+    policies = ("sft/model", "sft_self_play/model", "rlsf/model", "rlsf/policies/2", "dpo/model")
+    for seed, name in enumerate(policies, start=1):
         params = init_params(config, jax.random.key(seed))
         save_model(run.path(name), Model(config, params, source.tokenizer, "policy", name))
     shutil.copytree(run.path("sft/model"), run.path("rlsf/policies/0"))

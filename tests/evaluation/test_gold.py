@@ -13,6 +13,7 @@ from almost_jax.evaluation.stage import run_stage
 from almost_jax.io.records import read_records, write_records
 from almost_jax.io.run import Run
 from almost_jax.microworld.gold import gold_score, kind
+from almost_jax.report import tables
 
 
 def test_gold_json_holds_every_figure_over_every_query(finished: Path) -> None:
@@ -28,6 +29,27 @@ def test_gold_json_holds_every_figure_over_every_query(finished: Path) -> None:
     assert figures["contamination"] == dict.fromkeys(figures["contamination"], 0)
 
 
+def test_rlsf_stands_beside_dpo_and_the_best_of_n_of_the_sft_policy(finished: Path) -> None:
+    figures = json.loads((finished / "evaluation" / "gold.json").read_text())
+    assert list(figures["rivals"]) == ["sft", "dpo", "sft_best_of_n", "rlsf"]
+    gains = ["dpo - sft", "sft_best_of_n - sft", "rlsf - sft", "rlsf - dpo", "rlsf - sft_best_of_n"]
+    assert list(figures["rival_gains"]) == gains
+    for name in ("sft", "rlsf"):
+        assert figures["rivals"][name]["mean"] == figures["policies"][name]["mean"]
+    items = read_records(finished / "evaluation" / "items.jsonl")
+    expected = []
+    for query in dict.fromkeys(item["query_id"] for item in items):
+        group = [item for item in items if item["system"] == "policy/sft_best_of_n" and item["query_id"] == query]
+        expected.append(sorted(group, key=lambda item: (-item["reward"], item["sample"]))[0]["gold"])
+    assert figures["rivals"]["sft_best_of_n"]["mean"] == pytest.approx(sum(expected) / 18)
+    assert "policy/dpo" in figures["by_kind"] and "policy/sft_best_of_n" not in figures["by_kind"]
+    claims = [claim.text for claim in tables.claims(figures)]
+    assert {"DPO beats SFT on guided self-play", "RLSF beats DPO"} <= set(claims)
+    table = tables.rivals_table(figures)
+    assert [row[0] for row in table.rows][1:3] == ["DPO on the same pairs", "SFT, reward model's choice of N samples"]
+    assert all(len(row) == len(table.header) for row in table.rows) and table.rows[0][3:7] == ("–",) * 4
+
+
 def test_16_policy_that_is_the_reference_has_kl_0(finished: Path) -> None:
     curve = json.loads((finished / "evaluation" / "gold.json").read_text())["rlsf_curve"]
     assert curve[0]["kl"] == 0
@@ -37,8 +59,9 @@ def test_16_policy_that_is_the_reference_has_kl_0(finished: Path) -> None:
 def test_items_keep_everything_and_carry_their_gold_score(finished: Path) -> None:
     items = read_records(finished / "evaluation" / "items.jsonl")
     systems = ["configuration/A", "configuration/B", "best_of_n"]
-    systems += [f"policy/{name}" for name in ("prompted", "sft_self_play", "sft", "rlsf")]
+    systems += [f"policy/{name}" for name in ("prompted", "sft_self_play", "sft", "rlsf", "dpo")]
     expected = {system: 18 for system in systems} | {"best_of_n": 18 * 3, "curve/0": 7, "curve/2": 7}
+    expected |= {"policy/sft_best_of_n": 18 * 3}
     assert {system: sum(item["system"] == system for item in items) for system in expected} == expected
     assert len(items) == sum(expected.values())
     for item in items:

@@ -180,13 +180,14 @@ def test_z_loss_by_hand(small: Model) -> None:
 def test_28_packed_fine_tuning_takes_the_same_steps_and_resumes_to_the_byte(
     make_run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    training = {"optimizer": {"learning_rate": 3e-3}, "batch_size": 8, "checkpoint_every": 2, "log_every": 1}
-    section = {"training": {**training, "max_length": 64, "micro_batches": 2}, "packed_length": 72, "z_loss": 1e-4}
+    training = {"optimizer": {"learning_rate": 3e-3}, "epochs": 3, "batch_size": 24, "log_every": 1}
+    training |= {"checkpoint_every": 2, "max_length": 32, "micro_batches": 2}
+    section = {"training": training, "packed_length": 48, "z_loss": 1e-4}
     plain = make_run(tmp_path / "plain", sft={**section, "packed_length": 0})
     whole, stopped = (make_run(tmp_path / name, sft=section) for name in ("whole", "stopped"))
     unpacked = sft.fine_tune(plain, "sft", "demonstrations.jsonl")
     packed = sft.fine_tune(whole, "sft", "demonstrations.jsonl")
-    assert packed["steps"] == unpacked["steps"] == 3 and packed["fill"] > 1.3 * unpacked["fill"]
+    assert packed["steps"] == unpacked["steps"] == 3 and packed["fill"] > 1.15 * unpacked["fill"]
     for ours, theirs in zip(
         read_records(whole.path("sft", "metrics.jsonl")), read_records(plain.path("sft", "metrics.jsonl")), strict=True
     ):

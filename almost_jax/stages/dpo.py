@@ -1,0 +1,215 @@
+"""Direct preference optimisation from the synthetic pairs: the baseline that needs neither reward model nor rollouts.
+
+It starts from the SFT policy, which is also its reference, and learns from the very pairs that the reward model was
+trained on, so that within one run RLSF can be told apart from simply learning its preferences. The reference's
+log-probs are computed once and kept in reference.jsonl. Source: Rafailov et al. 2023.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from almost_jax.config import DpoConfig
+from almost_jax.core.llama import LlamaConfig, Params, hidden_states, logits
+from almost_jax.core.losses import LossTerms, next_token_logprobs
+from almost_jax.core.partitioning import platform
+from almost_jax.core.preferences import preference_sums
+from almost_jax.core.train import Batch, make_optimizer, make_train_step
+from almost_jax.errors import InputError
+from almost_jax.io.batches import batch_indices, pad
+from almost_jax.io.models import load_model, save_model
+from almost_jax.io.records import RecordWriter, iter_records, read_records
+from almost_jax.io.run import Run
+from almost_jax.io.tokenizer import Tokenizer
+from almost_jax.sampling.sampler import decode_layout
+from almost_jax.stages.dialogues import training_tokens
+from almost_jax.stages.execution import placed_for_training, training_shape, training_spread
+from almost_jax.stages.reward import Pair, comparison_pair, split_pairs
+from almost_jax.stages.sft import Example
+from almost_jax.stages.training import count_steps, fit, fixed_length, fresh_state, place_batch, shardings_of
+
+NAME = "dpo"
+# What a pair's two texts, chosen before rejected, have as log-probs under the reference, in nats.
+References: TypeAlias = Sequence[tuple[float, float]]
+
+
+def run_stage(run: Run) -> dict[str, Any]:
+    """Train on the kept pairs: queries.jsonl, comparisons.jsonl, sft/model -> dpo/model.
+
+    Does nothing when the experiment has no `dpo:` section.
+
+    Raises:
+        InputError: a record or the SFT model is missing, or no pair fits into `dpo.training.max_length`.
+        TrainingDiverged: a figure is not finite.
+        Preempted: SIGTERM came; the state is saved.
+    """
+    config = run.config.dpo
+    if config is None:
+        run.say(f"{NAME}: the experiment has no `dpo:` section, so this baseline is left out")
+        return {"dpo": "off"}
+    training = config.training
+    source = load_model(str(run.path("sft", "model")), run.mesh, run.config.compute_dtype)
+    tokenizer, pad_id = source.tokenizer, source.tokenizer.pad_id
+    pairs, rows = load_pairs(run, tokenizer)
+    fitting = [pair for pair in pairs if all(len(tokens) <= training.max_length for tokens, _ in _sides(rows, pair))]
+    if not fitting:
+        raise InputError(f"dpo.training.max_length: none of {len(pairs)} pairs fits into {training.max_length} tokens")
+    train, test = split_pairs(fitting, config.held_out, run.seed(f"{NAME}/split"))
+    run.say(f"{NAME}: {len(train)} pairs to train on, {len(test)} held out, {len(pairs) - len(fitting)} too long")
+    length = fixed_length(max(len(tokens) for pair in fitting for tokens, _ in _sides(rows, pair)))
+    ordered = [*train, *test]
+    batches_seed, batch_size, total_steps = run.seed(f"{NAME}/batches"), training.batch_size, 0
+    total_steps = count_steps(training, len(train))
+    optimizer = make_optimizer(training.optimizer, total_steps)
+    settings, mesh = run.config.mesh, run.mesh
+    shape = training_shape(source.config, settings, mesh)
+    score = functools.partial(_response_logprobs, config=source.config, length_normalized=config.length_normalized)
+
+    def logprobs(params: Params, chosen: Sequence[Pair]) -> np.ndarray:
+        """[n, 2], in batches of `batch_size` pairs, the last one filled up by its own first pair."""
+        found = []
+        for first in range(0, len(chosen), batch_size):
+            part = list(chosen[first : first + batch_size])
+            filled = [_sides(rows, pair) for pair in part + part[:1] * (batch_size - len(part))]
+            placed = place_batch(pair_batch(filled, length, pad_id), mesh)
+            found.append(np.asarray(score(params, placed))[: len(part)])
+        return np.concatenate(found) if found else np.zeros((0, 2), np.float32)
+
+    with jax.set_mesh(mesh):
+        reference = reference_logprobs(run, len(ordered), batch_size, lambda part: logprobs(
+            source.params, [ordered[place] for place in part]
+        ))
+
+        def batch_at(step: int) -> dict[str, np.ndarray]:
+            places = [int(place) for place in batch_indices(step, batch_size, len(train), batches_seed)]
+            batch = pair_batch([_sides(rows, train[place]) for place in places], length, pad_id)
+            return {**batch, "reference": np.array([reference[place] for place in places], np.float32)}
+
+        def evaluate(params: Params) -> dict[str, float]:
+            if not test:
+                return {}
+            kept = np.array(reference[len(train) :], np.float32)
+            total, (count, metrics) = _preferences(jnp.asarray(logprobs(params, test)), jnp.asarray(kept), config)
+            figures = {"loss": (total, count), **metrics}
+            return {f"held_out_{name}": float(value / number) for name, (value, number) in figures.items()}
+
+        state = fresh_state(placed_for_training(source.params, source.config, settings, mesh), optimizer, mesh)
+        spread = training_spread(settings, mesh, shardings_of(state.params))
+        loss_sums = functools.partial(dpo_loss_sums, config=shape, settings=config)
+        train_step = make_train_step(loss_sums, optimizer, training.micro_batches, shardings_of(state), spread)
+        state = fit(run, NAME, state, train_step, batch_at, total_steps, training, evaluate)
+        last = evaluate(state.params)
+    model = dataclasses.replace(source, params=state.params, name=f"{run.config.name}/{NAME}")
+    save_model(run.path(NAME, "model"), model)
+    return {
+        "pairs": len(train), "held_out": len(test), "too_long": len(pairs) - len(fitting), "steps": total_steps, **last
+    }  # fmt: skip
+
+
+def load_pairs(run: Run, tokenizer: Tokenizer) -> tuple[list[Pair], dict[str, Example]]:
+    """The kept comparisons, and for each of their texts its tokens and which of them are the response's.
+
+    Raises:
+        InputError: a comparison's query isn't in queries.jsonl.
+    """
+    queries = {record["id"]: record["text"] for record in read_records(run.path("queries.jsonl"))}
+    pairs, rows = [], dict[str, Example]()
+    for record in iter_records(run.path("comparisons.jsonl")):
+        if not record["kept"]:
+            continue
+        pair = comparison_pair(queries, record)
+        pairs.append(pair)
+        for text, response in ((pair.chosen, record["chosen"]["text"]), (pair.rejected, record["rejected"]["text"])):
+            if text not in rows:
+                asked = queries[record["query_id"]]
+                turns = [{"role": "human", "text": asked}, {"role": "assistant", "text": response}]
+                rows[text] = training_tokens(tokenizer, turns)  # type: ignore[arg-type]
+    return pairs, rows
+
+
+def reference_logprobs(run: Run, pairs: int, batch_size: int, score: Any) -> References:
+    """The reference's log-probs of all pairs, from dpo/reference.jsonl as far as they stand there.
+
+    Args:
+        run: whose folder the file is in.
+        pairs: n.
+        batch_size: pairs scored together; a batch that was torn is scored anew as a whole, so that the same program
+            gives the same bytes.
+        score: places of pairs -> [n, 2] log-probs.
+    """
+    path = run.path(NAME, "reference.jsonl")
+    if not path.exists():
+        with RecordWriter(path, lambda record: str(record["pair"])) as writer:
+            with run.progress(f"{NAME}: the reference's log-probs", pairs, len(writer.done)) as progress:
+                for first in range(0, pairs, batch_size):
+                    places = range(first, min(first + batch_size, pairs))
+                    missing = [place for place in places if str(place) not in writer.done]
+                    if not missing:
+                        continue
+                    found = score(places)
+                    for place in missing:
+                        chosen, rejected = (float(value) for value in found[place - first])
+                        writer.write({"pair": place, "chosen": chosen, "rejected": rejected})
+                    progress.advance(len(missing))
+            writer.finish()
+    found = [(record["chosen"], record["rejected"]) for record in read_records(path)]
+    if len(found) != pairs:
+        raise InputError(f"{path}: holds {len(found)} pairs, but there are {pairs}; delete it, and it is made anew")
+    return found
+
+
+def pair_batch(pairs: Sequence[tuple[Example, Example]], length: int, pad_id: int) -> dict[str, np.ndarray]:
+    """Pairs as arrays: tokens [B, 2, T] int32 and targets [B, 2, T] bool, the preferred response first."""
+    tokens, _ = pad([tokens for pair in pairs for tokens, _ in pair], length, pad_id)
+    targets, _ = pad([targets for pair in pairs for _, targets in pair], length, 0)
+    shape = (len(pairs), 2, length)
+    return {"tokens": tokens.reshape(shape), "targets": targets.reshape(shape).astype(bool)}
+
+
+def response_logprobs(params: Params, batch: Batch, config: LlamaConfig, length_normalized: bool) -> Array:
+    """Log-prob of each response, its end of text included, given its query.
+
+    Args:
+        params: the model's tree.
+        batch: tokens and targets, from `pair_batch`.
+        config: the model's shape.
+        length_normalized: divide by the number of the response's tokens.
+
+    Returns:
+        [B, 2] float32, in nats (per token when normalised).
+    """
+    pairs, _, length = batch["tokens"].shape
+    tokens, targets = (batch[name].reshape(2 * pairs, length) for name in ("tokens", "targets"))
+    flat, config = decode_layout(params, config, platform())
+    found = next_token_logprobs(logits(flat, config, hidden_states(flat, config, tokens)), tokens, 1.0)
+    sums = jnp.sum(found, axis=1, where=targets)
+    if length_normalized:
+        sums = sums / jnp.maximum(jnp.sum(targets, axis=1, dtype=jnp.float32), 1.0)
+    return sums.reshape(pairs, 2)
+
+
+_response_logprobs = jax.jit(response_logprobs, static_argnames=("config", "length_normalized"))
+
+
+def dpo_loss_sums(params: Params, batch: Batch, *, config: LlamaConfig, settings: DpoConfig) -> LossTerms:
+    """The preference loss of a batch: `pair_batch`, and `reference` [B, 2] float32.
+
+    Returns:
+        Sum of losses, number of pairs, metrics.
+    """
+    policy = response_logprobs(params, batch, config, settings.length_normalized)
+    return _preferences(policy, batch["reference"], settings)
+
+
+def _preferences(policy: Array, reference: Array, settings: DpoConfig) -> LossTerms:
+    return preference_sums(policy, reference, settings.beta, settings.label_smoothing, settings.objective)
+
+
+def _sides(rows: dict[str, Example], pair: Pair) -> tuple[Example, Example]:
+    return rows[pair.chosen], rows[pair.rejected]

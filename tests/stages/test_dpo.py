@@ -1,0 +1,150 @@
+"""DPO: log-probs of the response alone, the reference at step 0, learning, exact resume, off without a section."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from almost_jax.config import DpoConfig
+from almost_jax.errors import InputError
+from almost_jax.io.models import load_model, save_model
+from almost_jax.io.records import read_records, write_records
+from almost_jax.io.run import Run
+from almost_jax.sampling.scoring import completion_logprobs
+from almost_jax.stages import dialogues, dpo
+
+SECTION = {
+    "beta": 0.4,
+    "held_out": 8,
+    "training": {
+        "optimizer": {"learning_rate": 3e-3, "warmup_steps": 1},
+        "batch_size": 8,
+        "epochs": 3,
+        "max_length": 64,
+        "checkpoint_every": 4,
+        "log_every": 1,
+    },
+}
+
+
+class Stopped(Exception):
+    """What a kill looks like from inside."""
+
+
+@pytest.fixture
+def tuned_run(make_run: Callable[..., Run]) -> Callable[..., Run]:
+    """A run whose SFT model is there: the vanilla one."""
+
+    def build(folder: Path, **section: Any) -> Run:
+        run = make_run(folder, dpo={**SECTION, **section})
+        save_model(run.path("sft", "model"), run.model("small"))
+        return run
+
+    return build
+
+
+def test_log_probs_are_those_of_the_response_and_its_end(tuned_run: Callable[..., Run], tmp_path: Path) -> None:
+    run = tuned_run(tmp_path)
+    model = run.model("small")
+    pairs, rows = dpo.load_pairs(run, model.tokenizer)
+    records = [record for record in read_records(run.path("comparisons.jsonl")) if record["kept"]]
+    assert len(pairs) == len(records) == 48
+    queries = {record["id"]: record["text"] for record in read_records(run.path("queries.jsonl"))}
+    prompts, answers = [], []
+    for record in records[:4]:
+        prompt = dialogues.prompt_tokens(model.tokenizer, [{"role": "human", "text": queries[record["query_id"]]}])
+        for side in ("chosen", "rejected"):
+            prompts.append(prompt)
+            answers.append([*model.tokenizer.encode(record[side]["text"]), model.tokenizer.eos_id])
+    scored = completion_logprobs(
+        model.params, model.config, prompts, answers, temperature=1.0, batch_size=4, multiple=8
+    )
+    # The pad token is a real one: masks come from lengths.
+    batch = dpo.pair_batch([(rows[pair.chosen], rows[pair.rejected]) for pair in pairs[:4]], 40, model.tokenizer.eos_id)
+    placed = {name: jnp.asarray(array) for name, array in batch.items()}
+    found = dpo.response_logprobs(model.params, placed, model.config, False)
+    np.testing.assert_allclose(found.reshape(-1), [row.sum() for row in scored], rtol=1e-5)
+    per_token = dpo.response_logprobs(model.params, placed, model.config, True)
+    np.testing.assert_allclose(per_token.reshape(-1), [row.mean() for row in scored], rtol=1e-5)
+
+
+def test_before_the_first_update_the_policy_is_the_reference(tuned_run: Callable[..., Run], tmp_path: Path) -> None:
+    run = tuned_run(tmp_path)
+    summary = dpo.run_stage(run)
+    metrics = read_records(run.path("dpo", "metrics.jsonl"))
+    assert metrics[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert metrics[0]["margin"] == pytest.approx(0.0, abs=1e-5)
+    assert metrics[0]["chosen_reward"] == pytest.approx(0.0, abs=1e-5)
+    references = read_records(run.path("dpo", "reference.jsonl"))
+    assert [record["pair"] for record in references] == list(range(48))
+    assert summary["pairs"] + summary["held_out"] == 48 and summary["held_out"] >= 8
+    assert summary["steps"] == len(metrics) == 3 * summary["pairs"] // 8
+    # It learns its pairs, and unlearns nothing of how a response is scored.
+    assert metrics[-1]["loss"] < 0.6 and metrics[-1]["margin"] > 0.1 and metrics[-1]["accuracy"] > 0.6
+    assert summary["held_out_loss"] == metrics[-1]["held_out_loss"]
+    assert load_model(str(run.path("dpo", "model")), run.mesh, "float32").kind == "policy"
+
+
+@pytest.mark.parametrize("stop", ["reference", "training"])
+def test_28_stopped_and_resumed_is_the_same_to_the_byte(
+    tuned_run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: str
+) -> None:
+    whole, stopped = tuned_run(tmp_path / "whole"), tuned_run(tmp_path / "stopped")
+    dpo.run_stage(whole)
+    place_batch, batch_indices, calls = dpo.place_batch, dpo.batch_indices, list[int]()
+
+    def no_more_references(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise Stopped
+        return place_batch(*arguments)
+
+    def no_more_steps(step: int, *rest: Any) -> Any:
+        if step == 6:
+            raise Stopped
+        return batch_indices(step, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        if stop == "reference":
+            patch.setattr(dpo, "place_batch", no_more_references)
+        else:
+            patch.setattr(dpo, "batch_indices", no_more_steps)
+        dpo.run_stage(stopped)
+    if stop == "reference":
+        # A batch of which a part was written is scored anew, as a whole.
+        partial = run_partial(stopped)
+        lines = partial.read_bytes().splitlines(keepends=True)
+        assert len(lines) == 16
+        partial.write_bytes(b"".join(lines[:13]) + lines[13][:9])
+    dpo.run_stage(stopped)
+    for file in ("metrics.jsonl", "reference.jsonl", "model/model.json"):
+        assert whole.path("dpo", file).read_bytes() == stopped.path("dpo", file).read_bytes()
+    ours, theirs = (load_model(str(run.path("dpo", "model")), run.mesh, "float32") for run in (whole, stopped))
+    for left, right in zip(jax.tree.leaves(ours.params), jax.tree.leaves(theirs.params), strict=True):
+        np.testing.assert_array_equal(left, right)
+
+
+def run_partial(run: Run) -> Path:
+    return run.path("dpo", "reference.jsonl.partial")
+
+
+def test_without_a_section_it_is_off_and_bad_settings_are_refused(
+    make_run: Callable[..., Run], tuned_run: Callable[..., Run], tmp_path: Path
+) -> None:
+    run = make_run(tmp_path / "off")
+    assert dpo.run_stage(run) == {"dpo": "off"} and not run.path("dpo").exists()
+    with pytest.raises(ValidationError, match="leave it at 0 with ipo"):
+        DpoConfig(objective="ipo", label_smoothing=0.1)
+    short = tuned_run(tmp_path / "short", training={**SECTION["training"], "max_length": 5})
+    with pytest.raises(InputError, match="dpo.training.max_length: none of 48 pairs fits into 5 tokens"):
+        dpo.run_stage(short)
+    other = tuned_run(tmp_path / "other")
+    write_records(other.path("dpo", "reference.jsonl"), [{"pair": 0, "chosen": -1.0, "rejected": -2.0}])
+    with pytest.raises(InputError, match="holds 1 pairs, but there are 48; delete it"):
+        dpo.run_stage(other)
