@@ -113,6 +113,7 @@ def test_28_a_checkpoint_with_any_damaged_file_is_passed_over_aloud(tmp_path: Pa
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2, say=said.append)
     for step, tree in trees.items():
         checkpoints.save(step, tree, {"step": step})
+    checkpoints.wait()
     shutil.copytree(checkpoints.directory / "20", tmp_path / "whole")
     names = [path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*") if path.is_file()]
     assert len(names) > 8
@@ -136,11 +137,13 @@ def test_28_after_a_torn_checkpoint_the_run_goes_on_from_the_one_before(tmp_path
     said: list[str] = []
     checkpoints = Checkpoints(tmp_path, keep=1, say=said.append)
     checkpoints.save(10, tree, {})
+    checkpoints.wait()
     shutil.copytree(tmp_path / "10", tmp_path / "20")
     cut(tmp_path / "20" / "extra.json")
     (tmp_path / ".saving-30").mkdir()
     assert checkpoints.restore(tree)[0] == 10 and len(said) == 1
     checkpoints.save(15, tree, {})
+    checkpoints.close()
     assert os.listdir(tmp_path) == ["15"]
     assert checkpoints.restore(tree)[0] == 15 and len(said) == 1
     cut(tmp_path / "15" / "files.json")
@@ -155,6 +158,7 @@ def test_foreign_folders_are_left_alone(tmp_path: Path):
     assert checkpoints.steps() == []
     checkpoints.save(3, {"w": jnp.zeros(2)}, {})
     checkpoints.save(4, {"w": jnp.zeros(2)}, {})
+    checkpoints.wait()
     assert sorted(os.listdir(tmp_path)) == ["12", "4", "notes"]
 
 
