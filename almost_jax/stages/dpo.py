@@ -16,11 +16,12 @@ import numpy as np
 from jax import Array
 
 from almost_jax.config import DpoConfig
-from almost_jax.core.llama import LlamaConfig, Params, hidden_states, logits
-from almost_jax.core.losses import LossTerms, next_token_logprobs
+from almost_jax.core.llama import LlamaConfig, Params, hidden_states
+from almost_jax.core.losses import LossTerms, shifted
 from almost_jax.core.partitioning import platform
 from almost_jax.core.preferences import preference_sums
 from almost_jax.core.train import Batch, make_optimizer, make_train_step
+from almost_jax.core.vocabulary import hidden_figures
 from almost_jax.errors import InputError
 from almost_jax.io.batches import batch_indices, pad
 from almost_jax.io.models import load_model, save_model
@@ -64,12 +65,13 @@ def run_stage(run: Run) -> dict[str, Any]:
     run.say(f"{NAME}: {len(train)} pairs to train on, {len(test)} held out, {len(pairs) - len(fitting)} too long")
     length = fixed_length(max(len(tokens) for pair in fitting for tokens, _ in _sides(rows, pair)))
     ordered = [*train, *test]
-    batches_seed, batch_size, total_steps = run.seed(f"{NAME}/batches"), training.batch_size, 0
+    batches_seed, batch_size = run.seed(f"{NAME}/batches"), training.batch_size
     total_steps = count_steps(training, len(train))
     optimizer = make_optimizer(training.optimizer, total_steps)
     settings, mesh = run.config.mesh, run.mesh
     shape = training_shape(source.config, settings, mesh)
-    score = functools.partial(_response_logprobs, config=source.config, length_normalized=config.length_normalized)
+    whole = dataclasses.replace(source.config, vocab_chunk=settings.vocab_chunk)
+    score = functools.partial(_response_logprobs, config=whole, length_normalized=config.length_normalized)
 
     def logprobs(params: Params, chosen: Sequence[Pair]) -> np.ndarray:
         """[n, 2], in batches of `batch_size` pairs, the last one filled up by its own first pair."""
@@ -102,7 +104,8 @@ def run_stage(run: Run) -> dict[str, Any]:
         state = fresh_state(placed_for_training(source.params, source.config, settings, mesh), optimizer, mesh)
         spread = training_spread(settings, mesh, shardings_of(state.params))
         loss_sums = functools.partial(dpo_loss_sums, config=shape, settings=config)
-        train_step = make_train_step(loss_sums, optimizer, training.micro_batches, shardings_of(state), spread)
+        skips = training.guards.non_finite == "skip"
+        train_step = make_train_step(loss_sums, optimizer, training.micro_batches, shardings_of(state), spread, skips)
         state = fit(run, NAME, state, train_step, batch_at, total_steps, training, evaluate)
         last = evaluate(state.params)
     model = dataclasses.replace(source, params=state.params, name=f"{run.config.name}/{NAME}")
@@ -187,8 +190,9 @@ def response_logprobs(params: Params, batch: Batch, config: LlamaConfig, length_
     pairs, _, length = batch["tokens"].shape
     tokens, targets = (batch[name].reshape(2 * pairs, length) for name in ("tokens", "targets"))
     flat, config = decode_layout(params, config, platform())
-    found = next_token_logprobs(logits(flat, config, hidden_states(flat, config, tokens)), tokens, 1.0)
-    sums = jnp.sum(found, axis=1, where=targets)
+    states = hidden_states(flat, config, tokens)
+    found = hidden_figures(flat, config, states, shifted(tokens), 1.0, with_entropy=False).logprobs
+    sums = jnp.sum(found, axis=1, where=shifted(targets))
     if length_normalized:
         sums = sums / jnp.maximum(jnp.sum(targets, axis=1, dtype=jnp.float32), 1.0)
     return sums.reshape(pairs, 2)

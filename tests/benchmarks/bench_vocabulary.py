@@ -70,7 +70,7 @@ def head_time(shapes: dict[int, LlamaConfig], rows: int, length: int) -> dict[in
 
 def sft_memory(shape: LlamaConfig, rows: int, length: int) -> int:
     optimizer = make_optimizer(OptimizerConfig(), 10)
-    step: Any = make_train_step(functools.partial(sft_loss_sums, config=shape), optimizer)
+    step: Any = make_train_step(functools.partial(sft_loss_sums, config=shape, z_loss=0.0), optimizer)
     state = jax.eval_shape(lambda: init_state(init_params(shape, jax.random.key(0)), optimizer))
     batch = {"tokens": struct(jnp.int32, rows, length), "targets": struct(jnp.bool_, rows, length)}
     return int(step.lower(state, batch).compile().memory_analysis().temp_size_in_bytes)

@@ -65,7 +65,7 @@ def supervised(spec: dict[str, Any]) -> dict[str, Any]:
     if spec["task"] == "sft":
         tokens = windows(text, size.rows, size.tokens)
         batch = {"tokens": tokens, "targets": np.ones(tokens.shape, bool)}
-        loss_sums: Callable[..., Any] = functools.partial(sft_loss_sums, config=shape)
+        loss_sums: Callable[..., Any] = functools.partial(sft_loss_sums, config=shape, z_loss=0.0)
         params = model.params
     else:
         tokens = windows(text, 2 * size.rows, size.tokens).reshape(2, size.rows, size.tokens).swapaxes(0, 1)

@@ -127,8 +127,8 @@ def test_supervised_training_stops_skips_or_looks_away(
     """The second batch's loss is infinite."""
     loss_sums = sft.sft_loss_sums
 
-    def wrong(params: Any, batch: Any, *, config: Any) -> Any:
-        total, rest = loss_sums(params, {name: batch[name] for name in ("tokens", "targets")}, config=config)
+    def wrong(params: Any, batch: Any, **settings: Any) -> Any:
+        total, rest = loss_sums(params, {name: batch[name] for name in ("tokens", "targets")}, **settings)
         return total * batch["scale"][0], rest
 
     example_batch, calls = sft.example_batch, []

@@ -62,7 +62,7 @@ def players(config: LlamaConfig) -> Players:
 
 def sft_step(config: LlamaConfig) -> int:
     optimizer = make_optimizer(OptimizerConfig(), 10)
-    step = make_train_step(lambda params, batch: sft_loss_sums(params, batch, config=config), optimizer)
+    step = make_train_step(lambda params, batch: sft_loss_sums(params, batch, config=config, z_loss=0.0), optimizer)
     state = jax.eval_shape(lambda: init_state(init_params(config, jax.random.key(0)), optimizer))
     return largest(step, state, {"tokens": struct(B, G, dtype=jnp.int32), "targets": struct(B, G, dtype=jnp.bool_)})
 
