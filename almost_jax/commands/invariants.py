@@ -57,6 +57,8 @@ TEXTS = (
     "naïve café — Ωμέγα, 漢字 and 🙂",
     "Human: hello\n\nAssistant: hi",
 )
+# What ends a vanilla model's turn.
+STOPS = stop_strings("")
 NEW_TOKENS = 12
 TEMPERATURE = 0.7
 # float32 on the same machine, where programs differ in how sums are ordered. Relative to the largest logit where logits
@@ -121,11 +123,11 @@ def check_tokenizer(tokenizer: Tokenizer) -> Check:
 def check_stops(tokenizer: Tokenizer) -> Check:
     """8. A stop string that spans tokens is cut exactly; ends of text stay targets when they are the padding too."""
     name = "8 stop strings, and padding by the end of text"
-    for stop in stop_strings():
+    for stop in STOPS:
         label = stop.strip()
         tokens = tokenizer.encode(f"Paris it is.\n\n{label} and more")
         said = tokenizer.decode(tokenizer.encode("Paris it is."))
-        found, stopped = cut(tokenizer.decode(tokens), stop_strings())
+        found, stopped = cut(tokenizer.decode(tokens), STOPS)
         # A tokenizer without line breaks can't show where a line begins; its labels must be tokens of their own.
         broken = "\n" in tokenizer.decode(tokens)
         if broken and (not stopped or found != said):
@@ -155,7 +157,7 @@ def check_stops(tokenizer: Tokenizer) -> Check:
             "set another eos_token in tokenizer_config.json: this one also stands inside of what is said",
         )
     same = "is" if tokenizer.pad_id == tokenizer.eos_id else "is not"
-    return Check(name, "pass", f"{len(stop_strings())} stop strings; the padding {same} the end of text")
+    return Check(name, "pass", f"{len(STOPS)} stop strings; the padding {same} the end of text")
 
 
 def check_cache(model: Model) -> Check:
