@@ -34,7 +34,7 @@ from almost_jax.core.rl import kl_estimates
 from almost_jax.core.train import accumulate_gradients
 from almost_jax.io.models import Model
 from almost_jax.io.tokenizer import Tokenizer
-from almost_jax.sampling.engine import Completion, Request, generate
+from almost_jax.sampling.engine import Completion, Request, Settings, generate
 from almost_jax.sampling.rules import SamplingRules
 from almost_jax.sampling.scoring import completion_logprobs
 from almost_jax.stages.dialogues import training_tokens
@@ -267,10 +267,15 @@ def _sampled(model: Model, temperature: float, copies: int = 1) -> list[Completi
     requests = [Request(str(place), tuple(row)) for place, row in enumerate(rows)]
     return list(
         generate(
-            model.params, model.config, requests, _rules(model, temperature), seed=0, prefix_tokens=(),
-            batch_size=len(requests), prompt_multiple=16,
+            model.params,
+            model.config,
+            requests,
+            _rules(model, temperature),
+            Settings(slots=len(requests), steps_per_wake=NEW_TOKENS, refill=True, prefill_tokens=1024),
+            seed=0,
+            prefix_tokens=(),
         )
-    )  # fmt: skip
+    )
 
 
 def _rescored(

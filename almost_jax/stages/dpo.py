@@ -28,7 +28,7 @@ from almost_jax.io.models import load_model, save_model
 from almost_jax.io.records import RecordWriter, iter_records, read_records
 from almost_jax.io.run import Run
 from almost_jax.io.tokenizer import Tokenizer
-from almost_jax.sampling.sampler import decode_layout
+from almost_jax.sampling.layout import decode_layout
 from almost_jax.stages.dialogues import training_tokens
 from almost_jax.stages.execution import placed_for_training, training_shape, training_spread
 from almost_jax.stages.reward import Pair, comparison_pair, split_pairs
