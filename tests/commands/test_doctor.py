@@ -100,6 +100,9 @@ class Broken(Tokenizer):
             return [3 + ord(letter) for letter in text]
         return self._base.encode(text)
 
+    def single_token(self, text: str) -> int | None:
+        return None if self._how == "letters" else self._base.single_token(text)
+
     def decode_exactly(self, ids: Sequence[int]) -> str:
         if self._how == "letters":
             return "".join(chr(token - 3) for token in ids).replace("\n", "")
