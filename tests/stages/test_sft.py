@@ -156,7 +156,8 @@ def test_packed_rows_are_equal_under_splash_attentions_kernel() -> None:
     generator = np.random.default_rng(2)
     q, k, v = (jnp.asarray(generator.normal(size=(2, 128, heads, 64)), jnp.float32) for heads in (4, 2, 2))
     segments = jnp.asarray(batch["segment_ids"])
-    plain = attention(q, k, v, causal_mask(jnp.asarray(batch["positions"]), segments))
+    mask = causal_mask(jnp.asarray(batch["positions"]), segments)
+    plain = attention(q, jnp.moveaxis(k, 1, 3), jnp.swapaxes(v, 1, 2), mask)
     real = batch["segment_ids"] > 0
     found = splash_attention(q, k, v, segments, interpret=True)
     np.testing.assert_allclose(np.asarray(found)[real], np.asarray(plain)[real], atol=1e-5)
