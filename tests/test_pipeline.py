@@ -404,8 +404,9 @@ def schema_leaves(section: type[Section], key: str) -> list[str]:
 def test_every_key_of_the_schema_is_read_by_a_stage_or_changes_no_result() -> None:
     read = [key for stage in STAGES for key in stage.reads]
     # In every fingerprint, or (mesh) in none: results do not depend on the devices, beyond rounding.
-    places = ("data", "fsdp", "tensor", "explicit", "remat", "attention", "vocab_chunk", "vocab_chunk_cpu")
-    mesh = {f"mesh.{key}" for key in places}
+    places = ("preset", "data", "fsdp", "tensor", "dcn_data", "explicit", "remat", "attention")
+    mesh = {f"mesh.{key}" for key in (*places, "vocab_chunk", "vocab_chunk_cpu")}
+    mesh |= {leaf for leaf in schema_leaves(ExperimentConfig, "") if leaf.startswith("mesh.sampling")}
     everywhere = {"seed", "compute_dtype", "models"} | mesh
     for leaf in schema_leaves(ExperimentConfig, ""):
         assert leaf in everywhere or any(leaf == key or leaf.startswith(f"{key}.") for key in read), leaf

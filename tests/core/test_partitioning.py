@@ -111,7 +111,7 @@ def test_05_one_device_equals_eight_for_cached_decoding(
         found, cache = decode(split, jax.device_put(batch, batch_sharding(mesh)))
     np.testing.assert_allclose(found, expected, atol=2e-5)
     rows, heads_ = 8 // (sizes[0] * sizes[1]), 8 // sizes[2]
-    assert cache.keys.sharding.shard_shape(cache.keys.shape) == (2, rows, 11, heads_, 4)
+    assert cache.keys.sharding.shard_shape(cache.keys.shape) == (2, rows, heads_, 4, 11)
 
 
 def test_make_mesh_fills_the_free_axis_and_states_its_axis_types() -> None:
