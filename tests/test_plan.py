@@ -67,6 +67,12 @@ READS = """
   %inside = bf16[16,8]{1,0} copy(%b)
 }
 
+%fused_computation.2 (c: bf16[64,8], d: bf16[1,8]) -> bf16[64,8] {
+  %c = bf16[64,8]{1,0} parameter(0)
+  %d = bf16[1,8]{1,0} parameter(1)
+  ROOT %update = bf16[64,8]{1,0} dynamic-update-slice(%c, %d, %place, %zero)
+}
+
 %condition (state: (s32[], bf16[16,8])) -> pred[] {
   %bound = s32[]{:T(128)} constant(3)
 }
@@ -77,7 +83,7 @@ READS = """
   %part = bf16[4,8]{1,0:S(1)} slice-done(%start)
   %cache = bf16[64,8]{1,0} get-tuple-element(%state), index=2
   %new = bf16[1,8]{1,0:S(1)} fusion(%part), kind=kLoop, calls=%fused_computation.1
-  %dynamic-update-slice_fusion.1 = bf16[64,8]{1,0} fusion(%cache, %new), kind=kLoop, calls=%fused_computation.1
+  %dynamic-update-slice_fusion.1 = bf16[64,8]{1,0} fusion(%cache, %new), kind=kLoop, calls=%fused_computation.2
   %mixed = bf16[1,8]{1,0:S(1)} fusion(%dynamic-update-slice_fusion.1, %new), kind=kLoop, calls=%fused_computation.1
 }
 
