@@ -15,12 +15,13 @@ from typing import Any, TypeAlias
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jax import Array
 
 from almost_jax.core.attention import attention, cache_mask, causal_attention, causal_mask
 from almost_jax.core.gathering import Gather
-from almost_jax.core.partitioning import constrain
+from almost_jax.core.partitioning import constrain, platform
 from almost_jax.core.splash import splash_attention
 
 Params: TypeAlias = dict[str, Any]
@@ -136,15 +137,30 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> Array:
     return frequencies
 
 
-def rotate(x: Array, positions: Array, rope: RopeConfig) -> Array:
+def rotary_table(rope: RopeConfig, head_dim: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines and sines [T, H / 2] float32 of positions 0..T-1, as constants of a program.
+
+    A CPU's compiler would move their computation into the rotation and do it for every head of every layer anew.
+    """
+    with jax.ensure_compile_time_eval():
+        angles = jnp.arange(length, dtype=jnp.float32)[:, None] * rope_frequencies(rope, head_dim)[None, :]
+        return np.asarray(jnp.cos(angles)), np.asarray(jnp.sin(angles))
+
+
+def rotate(x: Array, positions: Array | tuple[Array, Array], rope: RopeConfig) -> Array:
     """Apply rotary position embeddings, halves paired as in Hugging Face's LLaMA.
 
     Args:
         x: [B, T, heads, H].
-        positions: [B, T] int32, absolute.
+        positions: [B, T] int32, absolute; or their cosines and sines, [B or 1, T, H / 2] float32 each.
+        rope: the embedding.
     """
-    angles = positions.astype(jnp.float32)[..., None] * rope_frequencies(rope, x.shape[-1])[None, None, :]
-    cos, sin = jnp.cos(angles)[:, :, None, :], jnp.sin(angles)[:, :, None, :]
+    if isinstance(positions, tuple):
+        cos, sin = positions
+    else:
+        angles = positions.astype(jnp.float32)[..., None] * rope_frequencies(rope, x.shape[-1])[None, None, :]
+        cos, sin = jnp.cos(angles), jnp.sin(angles)
+    cos, sin = cos[:, :, None, :], sin[:, :, None, :]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
@@ -406,20 +422,25 @@ def hidden_states(
         params: the model's tree; a scalar head in it is ignored.
         tokens: [B, T] int32.
         prefix: what all rows saw before their first token.
-        positions: [B, T] absolute positions; counted from the prefix's end when None.
+        positions: [B, T] absolute positions, below T where there is no prefix; counted from the prefix's end when None.
         segment_ids: [B, T] for packed rows: tokens see their own segment only.
 
     Returns:
         [B, T, D] after the last norm.
     """
     shared, offset = _shared(prefix)
+    counted = positions is None
     if positions is None:
         positions = jnp.broadcast_to(offset + jnp.arange(tokens.shape[1])[None, :], tokens.shape)
     if config.attention == "splash" and prefix is None:
         mask = jnp.zeros(tokens.shape, jnp.int32) if segment_ids is None else segment_ids.astype(jnp.int32)
     else:
         mask = causal_mask(positions, segment_ids)
-    hidden, _ = Llama(config).apply({"params": params}, tokens, positions, mask, prefix=shared)
+    where: Any = positions
+    if prefix is None and platform() == "cpu":
+        cos, sin = (jnp.asarray(part) for part in rotary_table(config.rope, config.head_dim, tokens.shape[1]))
+        where = (cos[None], sin[None]) if counted else (cos[positions], sin[positions])
+    hidden, _ = Llama(config).apply({"params": params}, tokens, where, mask, prefix=shared)
     return hidden
 
 
@@ -494,11 +515,26 @@ def prefill_prefix(params: Params, config: LlamaConfig, tokens: Array) -> Prefix
     return Prefix(tuple(key[0] for key in keys), tuple(value[0] for value in values))
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def unstack_layers(params: Params, num_layers: int) -> Params:
     """From the scanned tree ("layers", leaves [L, ...]) to the unrolled one ("layers_0", "layers_1", ...)."""
     rest = {name: tree for name, tree in params.items() if name != "layers"}
     rows = {f"layers_{i}": jax.tree.map(lambda leaf: leaf[i], params["layers"]) for i in range(num_layers)}  # noqa: B023
     return {**rest, **rows}
+
+
+def _unstack_forward(params: Params, num_layers: int) -> tuple[Params, None]:
+    return unstack_layers(params, num_layers), None
+
+
+def _unstack_backward(num_layers: int, _: None, gradients: Params) -> tuple[Params]:
+    # Written out, since the gradient of a slice is a whole array of zeros around it: L of them added up, L times over.
+    layers = [gradients[f"layers_{i}"] for i in range(num_layers)]
+    rest = {name: tree for name, tree in gradients.items() if not name.startswith("layers_")}
+    return ({**rest, "layers": jax.tree.map(lambda *rows: jnp.stack(rows), *layers)},)
+
+
+unstack_layers.defvjp(_unstack_forward, _unstack_backward)
 
 
 def _shared(prefix: Prefix | None) -> tuple[Any, int]:
