@@ -281,3 +281,33 @@ def test_configurations_that_cannot_be_run_are_refused(tiny: LlamaConfig) -> Non
         dataclasses.replace(tiny, head_dim=7)
     with pytest.raises(ValueError, match="'yarn'"):
         RopeConfig(kind="yarn")
+
+
+def test_unstacking_has_the_gradient_of_its_slices(tiny: LlamaConfig, make_params: MakeParams) -> None:
+    params = make_params(tiny, 2)
+
+    def sliced(tree):
+        rest = {name: part for name, part in tree.items() if name != "layers"}
+        return {**rest, **{f"layers_{i}": jax.tree.map(lambda leaf: leaf[i], tree["layers"]) for i in range(3)}}  # noqa: B023
+
+    def weighed(tree):
+        return sum(jnp.sum(jnp.sin(leaf) * (3 + place)) for place, leaf in enumerate(jax.tree.leaves(tree)))
+
+    left = jax.grad(lambda tree: weighed(llama.unstack_layers(tree, 3)))(params)
+    right = jax.grad(lambda tree: weighed(sliced(tree)))(params)
+    assert jax.tree.structure(left) == jax.tree.structure(params)
+    for (path, ours), theirs in zip(jax.tree_util.tree_leaves_with_path(left), jax.tree.leaves(right), strict=True):
+        np.testing.assert_array_equal(ours, theirs, err_msg=jax.tree_util.keystr(path))
+
+
+def test_a_table_of_rotations_rotates_as_positions_do() -> None:
+    rope = llama.RopeConfig(theta=1234.0, kind="linear", factor=3.0)
+    x = jax.random.normal(jax.random.key(0), (2, 9, 3, 10))
+    positions = jnp.asarray([[0, 1, 2, 3, 0, 1, 2, 3, 4], [8, 7, 6, 5, 4, 3, 2, 1, 0]], jnp.int32)
+    cos, sin = (jnp.asarray(part) for part in llama.rotary_table(rope, 10, 9))
+    found = llama.rotate(x, (cos[positions], sin[positions]), rope)
+    np.testing.assert_allclose(found, llama.rotate(x, positions, rope), atol=1e-6)
+    plain = llama.rotate(x, (cos[None], sin[None]), rope)
+    counted = jnp.broadcast_to(jnp.arange(9)[None], (2, 9))
+    np.testing.assert_allclose(plain, llama.rotate(x, counted, rope), atol=1e-6)
+    assert float(jnp.abs(plain - found).max()) > 0.1
