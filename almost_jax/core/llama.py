@@ -22,6 +22,7 @@ from jax import Array
 from almost_jax.core.attention import attention, cache_mask, causal_attention, causal_mask
 from almost_jax.core.gathering import Gather
 from almost_jax.core.partitioning import constrain, platform
+from almost_jax.core.products import contract, tied_logits
 from almost_jax.core.splash import splash_attention
 
 Params: TypeAlias = dict[str, Any]
@@ -212,6 +213,8 @@ class Kernel(nn.Module):
         else:
             parameter = self.param("kernel", initializer, self.gather.local_shape(self.shape, self.axes))
             kernel = self.gather.whole(parameter, self.axes, x.dtype)
+        if platform() == "cpu":
+            return contract(x, kernel, self.contracted)
         return jax.lax.dot_general(x, kernel, ((last, tuple(range(self.contracted))), ((), ())))
 
 
@@ -369,6 +372,8 @@ class Llama(nn.Module):
         """Hidden states [B, T, D] -> logits [B, T, V] in float32."""
         if self.config.tie_embeddings:
             table = self.table().astype(hidden.dtype)
+            if platform() == "cpu" and hidden.dtype == jnp.float32:
+                return constrain(tied_logits(hidden, table), "batch", "length", "activation_vocab")
             out = jnp.einsum("btd,vd->btv", hidden, table, preferred_element_type=jnp.float32)
         else:
             out = self.lm_head(hidden).astype(jnp.float32)
