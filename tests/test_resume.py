@@ -29,6 +29,7 @@ demonstrations:
   sampling: {max_new_tokens: 8, batch_size: 64}
   user_sampling: {max_new_tokens: 8, batch_size: 64}
 sft: {training: {batch_size: 8, checkpoint_every: 1}}
+dpo: {held_out: 8, training: {batch_size: 8, checkpoint_every: 1}}
 ppo: {steps: 3, batch_size: 16, checkpoint_every: 1, sample_every: 2}
 evaluation: {queries: 24, curve_queries: 16, bootstrap_samples: 100}
 """
@@ -91,7 +92,7 @@ def check_equal(found: dict[str, bytes], expected: dict[str, bytes]) -> None:
     assert [name for name in expected if found[name] != expected[name]] == []
     for needed in ("rlsf/metrics.jsonl", "responses.jsonl", "evaluation/gold.json"):
         assert needed in expected
-    for model in ("reward", "sft", "rlsf"):
+    for model in ("reward", "sft", "dpo", "rlsf"):
         assert any(name.startswith(f"{model}/model/params") for name in expected)
 
 
@@ -123,7 +124,6 @@ def test_28_twelve_kills_over_the_smoke_experiment_leave_the_same_bytes(
     kill_and_compare(Runs(tmp_path, experiments_folder / "microworld_smoke.yaml"), kills=12, seed=12)
 
 
-@pytest.mark.slow
 def test_28_three_kills_and_a_sigterm_over_every_stage_leave_the_same_bytes(tiny_runs: Runs) -> None:
     kill_and_compare(tiny_runs, kills=3, seed=3)
     code, said = tiny_runs.stop("preempted", signal.SIGTERM, 3.0)
