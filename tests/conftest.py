@@ -1,6 +1,8 @@
 """Test set-up: eight fake CPU devices, strict promotion, and a compilation cache kept between runs."""
 
+import gc
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Read when jax is first imported, so these lines come before every other import.
@@ -14,6 +16,8 @@ os.environ["XLA_FLAGS"] = " ".join([*_flags, f"--xla_force_host_platform_device_
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+from almost_jax.sampling import programs  # noqa: E402
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".jax_cache"))
@@ -24,6 +28,23 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 @pytest.fixture(scope="session", autouse=True)
 def _eight_devices() -> None:
     assert jax.device_count() == DEVICES, "jax was imported before tests/conftest.py could ask for fake devices"
+
+
+# Every program compiled for a CPU maps a few pieces of memory, and Linux allows a process 65,530 of them: past that the
+# compiler dies of a segmentation fault.
+MAPS_ALLOWED = 20_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_let_go() -> Iterator[None]:
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_bytes().splitlines()) > MAPS_ALLOWED:
+        for kept in vars(programs).values():
+            if hasattr(kept, "cache_clear"):
+                kept.cache_clear()
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture
