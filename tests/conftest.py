@@ -20,6 +20,8 @@ from almost_jax.sampling import programs  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Tests compile far more than they compute.
+jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".jax_cache"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
@@ -30,21 +32,17 @@ def _eight_devices() -> None:
     assert jax.device_count() == DEVICES, "jax was imported before tests/conftest.py could ask for fake devices"
 
 
-# Every program compiled for a CPU maps a few pieces of memory, and Linux allows a process 65,530 of them: past that the
-# compiler dies of a segmentation fault.
-MAPS_ALLOWED = 20_000
-
-
 @pytest.fixture(scope="module", autouse=True)
 def _programs_let_go() -> Iterator[None]:
+    """Compiled programs are dropped after each file: a worker that keeps them all holds gigabytes, and, with the pieces
+    of memory that each of them maps, reaches Linux's limit of 65,530, where the compiler dies.
+    """
     yield
-    maps = Path("/proc/self/maps")
-    if maps.exists() and len(maps.read_bytes().splitlines()) > MAPS_ALLOWED:
-        for kept in vars(programs).values():
-            if hasattr(kept, "cache_clear"):
-                kept.cache_clear()
-        jax.clear_caches()
-        gc.collect()
+    for kept in vars(programs).values():
+        if hasattr(kept, "cache_clear"):
+            kept.cache_clear()
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture

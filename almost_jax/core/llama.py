@@ -143,7 +143,9 @@ def rotary_table(rope: RopeConfig, head_dim: int, length: int) -> tuple[np.ndarr
 
     A CPU's compiler would move their computation into the rotation and do it for every head of every layer anew.
     """
-    with jax.ensure_compile_time_eval():
+    # Inside `jax.shard_map` constants would take its manual mesh for their own.
+    nowhere = jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
+    with jax.ensure_compile_time_eval(), nowhere:
         angles = jnp.arange(length, dtype=jnp.float32)[:, None] * rope_frequencies(rope, head_dim)[None, :]
         return np.asarray(jnp.cos(angles)), np.asarray(jnp.sin(angles))
 

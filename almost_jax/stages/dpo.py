@@ -18,12 +18,13 @@ from jax import Array
 from almost_jax.config import DpoConfig
 from almost_jax.core.llama import LlamaConfig, Params, hidden_states
 from almost_jax.core.losses import LossTerms, shifted
-from almost_jax.core.partitioning import platform
+from almost_jax.core.partitioning import platform, replicated
 from almost_jax.core.preferences import preference_sums
 from almost_jax.core.train import Batch, make_optimizer, make_train_step
 from almost_jax.core.vocabulary import hidden_figures
 from almost_jax.errors import InputError
 from almost_jax.io.batches import batch_indices, pad
+from almost_jax.io.distributed import from_primary
 from almost_jax.io.models import load_model, save_model
 from almost_jax.io.records import RecordWriter, iter_records, read_records
 from almost_jax.io.run import Run
@@ -80,7 +81,8 @@ def run_stage(run: Run) -> dict[str, Any]:
             part = list(chosen[first : first + batch_size])
             filled = [_sides(rows, pair) for pair in part + part[:1] * (batch_size - len(part))]
             placed = place_batch(pair_batch(filled, length, pad_id), mesh)
-            found.append(np.asarray(score(params, placed))[: len(part)])
+            scored = jax.device_put(score(params, placed), replicated(mesh))
+            found.append(jax.device_get(scored)[: len(part)])
         return np.concatenate(found) if found else np.zeros((0, 2), np.float32)
 
     with jax.set_mesh(mesh):
@@ -147,7 +149,7 @@ def reference_logprobs(run: Run, pairs: int, batch_size: int, score: Any) -> Ref
         score: places of pairs -> [n, 2] log-probs.
     """
     path = run.path(NAME, "reference.jsonl")
-    if not path.exists():
+    if not from_primary(path.exists):
         with RecordWriter(path, lambda record: str(record["pair"])) as writer:
             with run.progress(f"{NAME}: the reference's log-probs", pairs, len(writer.done)) as progress:
                 for first in range(0, pairs, batch_size):
