@@ -21,10 +21,10 @@ demo: env
 	$(BIN)/almost-jax run experiments/microworld.yaml
 
 test: lint types
-	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile tests
+	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile --no-loadscope-reorder tests
 
 test-all: lint types
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder tests
 
 lint: env
 	$(BIN)/ruff check .

@@ -515,6 +515,14 @@ class PpoConfig(Section):
         return self.kl_coef > 0 or self.kl_controller == "adaptive" or self.keep_reference
 
 
+class OverOptimisationConfig(Section):
+    """PPO once more with too weak a KL penalty, so that the report shows what the penalty is there for."""
+
+    kl_coef: NonNegative = 0.0
+    steps: PositiveInt = 60
+    sample_every: PositiveInt = 10
+
+
 class StaticConfig(Section):
     """A static benchmark, HHH or TruthfulQA: its questions from a file, or from the hub when `data` is not given."""
 
@@ -592,6 +600,7 @@ class ExperimentConfig(Section):
     sft: SftConfig
     dpo: DpoConfig | None = None
     ppo: PpoConfig
+    over_optimisation: OverOptimisationConfig | None = None
     evaluation: EvaluationConfig
 
     @model_validator(mode="after")

@@ -136,10 +136,20 @@ STAGES: tuple[Stage, ...] = (
     Stage("dpo", dpo.run_stage, ("dpo", _SUMS), ("queries", "comparisons", "sft"), ("dpo",)),
     Stage("rlsf", rlsf.run_stage, ("ppo", _SUMS), ("reward", "demonstrations", "sft"), ("rlsf",)),
     Stage(
+        "over_optimisation",
+        rlsf.run_over_optimised,
+        ("over_optimisation", "ppo", _SUMS),
+        ("reward", "demonstrations", "sft"),
+        ("over_optimisation",),
+    ),
+    Stage(
         "evaluation",
         evaluation_stage,
         tuple(f"evaluation.{key}" for key in EvaluationConfig.model_fields if key not in BENCHMARKS),
-        ("evaluation_queries", "as_is_reward", "comparisons", "reward", "demonstrations", "sft", "dpo", "rlsf"),
+        (
+            "evaluation_queries", "as_is_reward", "comparisons", "reward", "demonstrations", "sft", "dpo", "rlsf",
+            "over_optimisation",
+        ),
         tuple(f"evaluation/{name}" for name in ("items.jsonl", "played.jsonl", "scores.json", "gold.json")),
     ),
     Stage(

@@ -27,6 +27,14 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+# What runs whole pipelines in processes of its own; first, so that no worker is left alone with it at the end.
+LONGEST = ("test_resume.py", "test_processes.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _eight_devices() -> None:
     assert jax.device_count() == DEVICES, "jax was imported before tests/conftest.py could ask for fake devices"

@@ -155,13 +155,13 @@ def test_a_failed_stage_says_so_and_resumes(bench: Bench) -> None:
 def test_a_changed_key_makes_its_stage_and_what_follows_stale_and_says_why(bench: Bench) -> None:
     bench()
     before = bench.files()
-    assert bench(["ppo.kl_coef=0.1"]) == ["rlsf", "evaluation", "benchmarks", "report"]
+    assert bench(["ppo.kl_coef=0.1"]) == ["rlsf", "over_optimisation", "evaluation", "benchmarks", "report"]
     assert "rlsf: stale: ppo.kl_coef: 0.05 -> 0.1\n" in bench.lines
-    assert "evaluation: stale: upstream rlsf is stale\n" in bench.lines
+    assert "evaluation: stale: upstream rlsf is stale, upstream over_optimisation is stale\n" in bench.lines
     assert "report: stale: upstream evaluation is stale, upstream benchmarks is stale\n" in bench.lines
     after = bench.files()
     changed = {path.split("/")[0] for path in before if before[path] != after[path]}
-    assert changed == {"rlsf", "evaluation", "report.md", "report.html", "figures"}
+    assert changed == {"rlsf", "over_optimisation", "evaluation", "report.md", "report.html", "figures"}
     kept = list((bench.directory / "stale").glob("rlsf-*/rlsf/model/weights"))
     assert [path.read_bytes() for path in kept] == [before["rlsf/model/weights"]]
 

@@ -50,6 +50,7 @@ sft: {{training: {{batch_size: 4, checkpoint_every: 1}}}}
 dpo: {{held_out: 2, training: {{batch_size: 4, checkpoint_every: 1}}}}
 ppo: {{steps: 2, batch_size: 8, sampling: {{max_new_tokens: 6, batch_size: 8}}, checkpoint_every: 1, sample_every: 1}}
 audit: {{queries: 0}}
+over_optimisation: null
 evaluation: {{gold: false, prompted: null}}
 """
 

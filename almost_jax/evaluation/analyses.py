@@ -32,6 +32,8 @@ POLICIES = ("prompted", "sft_self_play", "sft", "rlsf")
 # What else can be made of the SFT policy and the synthetic pairs, beside RLSF: without a reward model and rollouts, and
 # without training at all.
 RIVALS = ("dpo", "sft_best_of_n")
+# Policies kept along PPO, as systems `NAME/STEP`, and the folder of the stage that kept them.
+CURVES = {"curve": "rlsf", "over_optimised": "over_optimisation"}
 FILTERS = ("raw", "heuristic", "as_is")
 HEURISTIC = ("empty", "identical", "keyword", "length")
 LENGTH_BINS = 10
@@ -317,23 +319,29 @@ def demonstration_quality(
 
 
 def over_optimisation(
-    items: Sequence[Item], fields: Sequence[str], queries: Sequence[str], bootstrap: Bootstrap
+    items: Sequence[Item],
+    fields: Sequence[str],
+    queries: Sequence[str],
+    bootstrap: Bootstrap,
+    name: str = "curve",
 ) -> list[dict[str, Any]]:
-    """KL from the SFT policy and scores of every kept RLSF policy, by step.
+    """KL from the SFT policy and scores of every policy that PPO kept, by step.
 
     Args:
-        items: items of the systems `curve/STEP`.
-        fields: what to take the mean of: "kl", and the scores that were taken.
+        items: of which those of the systems `NAME/STEP` count.
+        fields: what to take the mean of: "kl", and the scores; one that wasn't taken of all items is left out.
+        name: one of `CURVES`.
         queries: ids of the queries of the curve.
         bootstrap: how intervals are drawn.
 
     Returns:
         [{"step", each field, each field with "_ci95", "characters", "n"}].
     """
-    steps = sorted({int(item["system"].removeprefix("curve/")) for item in items})
+    items = [item for item in items if item["system"].startswith(f"{name}/")]
+    fields = [field for field in fields if all(item[field] is not None for item in items)]
     curve = []
-    for step in steps:
-        group = of_system(items, f"curve/{step}")
+    for step in sorted({int(item["system"].removeprefix(f"{name}/")) for item in items}):
+        group = of_system(items, f"{name}/{step}")
         figures = {field: interval(clusters(collect(group, field), queries), bootstrap) for field in fields}
         curve.append(
             {"step": step}
@@ -342,6 +350,15 @@ def over_optimisation(
             | {"characters": float(np.mean([len(item["text"]) for item in group])), "n": len(group)}
         )
     return curve
+
+
+def selected(curve: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    """The step of a curve that each score would pick, by its mean on the held-out queries; the first of equal ones.
+
+    A selection that PPO can't have spoiled is one by a score that it didn't climb.
+    """
+    scores = [field for field in ("reward", "as_is", "gold") if curve and field in curve[0]]
+    return {score: int(max(curve, key=lambda point: point[score])["step"]) for score in scores}
 
 
 def by_kind(items: Sequence[Item]) -> dict[str, dict[str, dict[str, Any]]]:

@@ -38,7 +38,10 @@ def analyse(run: Run, queries: Sequence[Record], items: Sequence[Item]) -> dict[
         raise InputError(f"{run.path('comparisons.jsonl')}: query_id {strangers[0]!r} is not in queries.jsonl")
     sources = {"self_play": "demonstrations_self_play.jsonl", "reward_guided": "demonstrations.jsonl"}
     played = {name: read_records(run.path(file)) for name, file in sources.items() if run.exists(file)}
-    curve = [item for item in items if item["system"].startswith("curve/")]
+    kept, fields = ids[: config.evaluation.curve_queries], ("kl", "reward", "as_is", "gold")
+    curves = {
+        name: analyses.over_optimisation(items, fields, kept, bootstrap, name) for name in analyses.CURVES
+    }
     policy_items = [item for item in items if item["system"].startswith("policy/")]
     return {
         "configurations": {name: configurations[name] for name in names},
@@ -50,9 +53,9 @@ def analyse(run: Run, queries: Sequence[Record], items: Sequence[Item]) -> dict[
         "policies": policies,
         "steps": steps,
         **analyses.beside_rlsf(policy_items, ids, bootstrap),
-        "rlsf_curve": analyses.over_optimisation(
-            curve, ("kl", "reward", "gold"), ids[: config.evaluation.curve_queries], bootstrap
-        ),
+        "rlsf_curve": curves["curve"],
+        "over_optimised_curve": curves["over_optimised"],
+        "selected": {analyses.CURVES[name]: analyses.selected(curve) for name, curve in curves.items() if curve},
         "by_kind": analyses.by_kind(
             [*of_configurations, *(item for item in policy_items if item["system"] != "policy/sft_best_of_n")]
         ),

@@ -146,9 +146,11 @@ def systems(run: Run, queries: Sequence[Record]) -> list[System]:
         found.append(trained("policy/sft_best_of_n", "sft/model", settings.best_of))
     # The policies of the curve share a seed, so that what differs between them is less the draw.
     seed, some = run.seed("evaluation/curve"), queries[: settings.curve_queries]
-    for step in _snapshots(run):
-        load, reference = partial(trained_model, run, f"rlsf/policies/{step}"), partial(trained_model, run, "sft/model")
-        found.append(System(f"curve/{step}", load, "", settings.sampling, 1, some, seed, reference, everything))
+    reference = partial(trained_model, run, "sft/model")
+    for curve, folder in analyses.CURVES.items():
+        for step in _snapshots(run, folder):
+            load = partial(trained_model, run, f"{folder}/policies/{step}")
+            found.append(System(f"{curve}/{step}", load, "", settings.sampling, 1, some, seed, reference, True))
     return found
 
 
@@ -312,7 +314,7 @@ def trained_model(run: Run, folder: str) -> Model:
     return run.load(folder)
 
 
-def _snapshots(run: Run) -> list[int]:
-    """Steps of the RLSF policies that were kept."""
-    folder: Path = run.path("rlsf/policies")
+def _snapshots(run: Run, stage: str) -> list[int]:
+    """Steps of the policies that a stage of PPO kept."""
+    folder: Path = run.path(stage, "policies")
     return from_primary(lambda: sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit()))

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from almost_jax.evaluation.analyses import (
+    CURVES,
     POLICIES,
     Item,
     by_length,
@@ -22,6 +23,7 @@ from almost_jax.evaluation.analyses import (
     of_system,
     over_optimisation,
     response_lengths,
+    selected,
 )
 from almost_jax.evaluation.statistics import Bootstrap, agreement, clusters, interval, paired_intercept
 
@@ -65,7 +67,8 @@ def analyse(
         "measures": the scores that were taken; "configurations", "policies", "demonstrations": {name: {measure:
         {"mean", "ci95", "n"}, "characters"}} with their gains over the next worse one in "gaps", "steps",
         "demonstration_gains": {"better - worse": {measure: {"difference", "ci95", "significant", "n",
-        "at_equal_length"}}}; "rungs", "best_of_n", "rlsf_curve", "by_length", "lengths".
+        "at_equal_length"}}}; "rungs", "best_of_n", "rlsf_curve", "over_optimised_curve",
+        "selected", "by_length", "lengths".
     """
     measures = [field for field in MEASURES if items and all(item[field] is not None for item in items)]
     worst_first = {name: f"configuration/{name}" for name in reversed(configurations)}
@@ -76,7 +79,7 @@ def analyse(
     found, gaps = _side_by_side(items, worst_first, measures, queries, bootstrap)
     means, steps = _side_by_side(items, policies, measures, queries, bootstrap)
     demonstrations, gains = _side_by_side(played, sources, played_measures, playing, bootstrap)
-    curve = [item for item in items if item["system"].startswith("curve/")]
+    curves = {name: over_optimisation(items, ("kl", *measures), queries, bootstrap, name) for name in CURVES}
     groups = {
         "configurations": [item for item in items if item["system"].startswith("configuration/")],
         "policies": [item for item in items if item["system"].startswith("policy/")],
@@ -92,7 +95,9 @@ def analyse(
         "demonstration_gains": gains,
         "policies": means,
         "steps": steps,
-        "rlsf_curve": over_optimisation(curve, ("kl", *measures), queries, bootstrap),
+        "rlsf_curve": curves["curve"],
+        "over_optimised_curve": curves["over_optimised"],
+        "selected": {CURVES[name]: selected(curve) for name, curve in curves.items() if curve},
         "by_length": {name: by_length(group) for name, group in groups.items() if group},
         "lengths": response_lengths(items),
         "definitions": DEFINITIONS,

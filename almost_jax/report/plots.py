@@ -134,37 +134,52 @@ def score_by_length(by_length: Mapping[str, Any]) -> Figure | None:
     return figure
 
 
-def over_optimisation(curve: Sequence[Mapping[str, Any]]) -> Figure | None:
-    """The scores of the RLSF policy that were taken, against its distance from SFT; None without two points."""
-    if len(curve) < 2:
+def over_optimisation(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figure | None:
+    """The scores of PPO's policies that were taken, against their distance from SFT; None without two points.
+
+    Args:
+        curves: points of each run of PPO by what it is called; the first is drawn full, others hollow and dashed.
+    """
+    curves = {name: curve for name, curve in curves.items() if len(curve) > 1}
+    if not curves:
         return None
-    figure = Figure(figsize=(WIDTH, 2.5))
+    figure = Figure(figsize=(WIDTH, 2.7))
     known = (
         ("reward", "reward model's score", BLUE),
         ("as_is", "as-is reward model's score", ORANGE),
         ("gold", "gold score", GREEN),
     )
-    panels = [panel for panel in known if panel[0] in curve[0]]
-    kl = [point["kl"] for point in curve]
+    panels = [panel for panel in known if all(panel[0] in curve[0] for curve in curves.values())]
     for axes, (field, title, color) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        values = [point[field] for point in curve]
-        below = [max(point[field] - point[f"{field}_ci95"][0], 0.0) for point in curve]
-        above = [max(point[f"{field}_ci95"][1] - point[field], 0.0) for point in curve]
-        axes.errorbar(kl, values, yerr=[below, above], color=color, marker="o", markersize=4, elinewidth=0.8)
-        for point, side in ((curve[0], "left"), (curve[-1], "right")):
-            axes.annotate(
-                f"step {point['step']}",
-                (point["kl"], point[field]),
-                (5 if side == "left" else -5, -11),
-                textcoords="offset points",
-                ha=side,
-                fontsize=7.5,
-                color=MUTED,
-            )
+        for number, (name, curve) in enumerate(curves.items()):
+            _along_ppo(axes, curve, field, {
+                "color": color, "linestyle": "--" if number else "-", "markerfacecolor": "none" if number else color,
+                "label": name,
+            })
         axes.set_title(title)
-        axes.set_xlabel("KL from the SFT policy (nats a response)")
+        axes.set_xlabel("KL from the SFT policy (nats a response)", fontsize=7.5)
         axes.margins(x=0.1, y=0.2)
+        if len(curves) > 1:
+            axes.legend(fontsize=6.5, loc="best")
     return figure
+
+
+def _along_ppo(axes: Any, curve: Sequence[Mapping[str, Any]], field: str, style: Mapping[str, Any]) -> None:
+    """One run of PPO: a score with its interval at every kept step."""
+    below = [max(point[field] - point[f"{field}_ci95"][0], 0.0) for point in curve]
+    above = [max(point[f"{field}_ci95"][1] - point[field], 0.0) for point in curve]
+    kl, values = [point["kl"] for point in curve], [point[field] for point in curve]
+    axes.errorbar(kl, values, yerr=[below, above], marker="o", markersize=4, elinewidth=0.8, **style)
+    for point, side in ((curve[0], "left"), (curve[-1], "right")):
+        axes.annotate(
+            f"step {point['step']}",
+            (point["kl"], point[field]),
+            (5 if side == "left" else -5, -11),
+            textcoords="offset points",
+            ha=side,
+            fontsize=7.5,
+            color=MUTED,
+        )
 
 
 def training_curves(metrics: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> Figure | None:

@@ -16,6 +16,8 @@ from almost_jax.report.blocks import INTERVALS, Block, Dialogue, FigureBlock, Se
 from almost_jax.report.tables import FILTER_NAMES, POLICY_NAMES, SOURCE_NAMES, Table, number, span
 
 MEASURE_NAMES = {"reward": "reward model", "as_is": "as-is reward model"}
+PICKS = {**MEASURE_NAMES, "gold": "gold score"}
+_PPO_NAMES = {"rlsf": "RLSF, kl_coef ", "over_optimisation": "too weak a penalty, kl_coef "}
 GROUP_NAMES = {"configurations": "configurations", "policies": "policies", "demonstrations": "demonstrations"}
 VERDICT_NAMES = {"holds": "✓ holds", "noise": "~ within noise", "reversed": "✗ fails"}
 SAMPLES_SHOWN = 6
@@ -105,11 +107,16 @@ def steps_table(scores: Scores) -> Table:
 
 
 def sections(
-    scores: Scores, rewards: Mapping[str, Mapping[str, Any]], labels: Mapping[str, str], filters: Sequence[Block]
+    config: Mapping[str, Any],
+    scores: Scores,
+    rewards: Mapping[str, Mapping[str, Any]],
+    labels: Mapping[str, str],
+    filters: Sequence[Block],
 ) -> list[Section]:
     """Everything that can be said without a gold score.
 
     Args:
+        config: the experiment.
         scores: evaluation/scores.json.
         rewards: the evaluation.json of the reward models that were trained, by stage.
         labels: what each configuration is.
@@ -135,7 +142,7 @@ def sections(
         Section("What did the filters do?", filters),
         Section("Does the reward model see more than length?", _reward(scores, rewards)),
         Section("Do the policies improve?", _policies(scores)),
-        Section("What did PPO do?", _curve(scores)),
+        Section("What did PPO do?", _curve(config, scores)),
     ]
 
 
@@ -305,8 +312,46 @@ def _policies(scores: Scores) -> list[Block]:
     return blocks
 
 
-def _curve(scores: Scores) -> list[Block]:
-    figure = plots.over_optimisation(scores["rlsf_curve"])
+def named_curves(config: Mapping[str, Any], scores: Scores) -> dict[str, Sequence[Mapping[str, Any]]]:
+    """The points of each run of PPO that has any, by what it is called here."""
+    coefficients = {
+        "rlsf": config["ppo"]["kl_coef"],
+        "over_optimisation": (config.get("over_optimisation") or {}).get("kl_coef", 0.0),
+    }
+    points = {"rlsf": scores["rlsf_curve"], "over_optimisation": scores.get("over_optimised_curve")}
+    return {f"{_PPO_NAMES[run]}{coefficients[run]:g}": curve for run, curve in points.items() if curve}
+
+
+def selection(curves: Mapping[str, Sequence[Mapping[str, Any]]], scores: Scores) -> list[Block]:
+    """Which kept step each score would pick on the held-out queries, and what the pick is worth by every score."""
+    if "selected" not in scores:
+        return []
+    rows = []
+    picks = scores["selected"].values()
+    # Both have the runs that kept policies, in one order.
+    for (name, curve), chosen in zip(curves.items(), picks, strict=True):
+        points = {point["step"]: point for point in curve}
+        wanted = [("last step", curve[-1]["step"]), *((PICKS[score], step) for score, step in chosen.items())]
+        for picked_by, step in wanted:
+            point = points[step]
+            rows.append((
+                name, picked_by, str(step), f"{point['kl']:.2f}",
+                *(f"{point[score]:.3f}" for score in PICKS if score in point),
+            ))  # fmt: skip
+    if not rows:
+        return []
+    measured = [score for score in PICKS if any(score in point for curve in curves.values() for point in curve)]
+    header = ("PPO with", "picked by", "step", "KL", *(PICKS[score] for score in measured))
+    text = (
+        "The step that each score would pick on the held-out queries. PPO climbed the reward model, so its pick is "
+        "spoiled by what it was taken in by; the as-is reward model, where there is one, is a judge that PPO never saw."
+    )
+    return [TableBlock(Table(header, rows, tuple(range(2, len(header)))), text)]
+
+
+def _curve(config: Mapping[str, Any], scores: Scores) -> list[Block]:
+    curves = named_curves(config, scores)
+    figure = plots.over_optimisation(curves)
     if figure is None:
         return []
     n = scores["rlsf_curve"][-1]["n"]
@@ -314,8 +359,9 @@ def _curve(scores: Scores) -> list[Block]:
         FigureBlock(
             "over_optimisation",
             figure,
-            f"Scores of the RLSF policy against its KL from the SFT policy, on n = {n:,} held-out questions at every "
+            f"Scores of PPO's policies against their KL from the SFT policy, on n = {n:,} held-out questions at every "
             "kept step; the line follows training. Where the reward rises and the as-is reward falls, the reward model "
             f"is being over-optimised. {INTERVALS}",
-        )
+        ),
+        *selection(curves, scores),
     ]

@@ -28,6 +28,7 @@ CURVES = {
     "sft": ("loss", "accuracy", "held_out_loss"),
     "dpo": ("loss", "accuracy", "held_out_loss", "held_out_accuracy"),
     "rlsf": ("reward", "kl", "response_length", "entropy", "missing_eos", "explained_variance"),
+    "over_optimisation": ("reward", "kl", "response_length", "entropy", "missing_eos", "explained_variance"),
 }
 STAGE_NAMES = {
     "as_is_reward": "as-is reward model",
@@ -36,6 +37,7 @@ STAGE_NAMES = {
     "sft": "SFT on guided self-play",
     "dpo": "DPO",
     "rlsf": "RLSF",
+    "over_optimisation": "PPO with too weak a KL penalty",
 }
 SAMPLES_SHOWN = 8
 
@@ -102,7 +104,7 @@ def sections(material: Material) -> list[Section]:
             for stage in ("as_is_reward", "reward")
             if (figures := load_json(material.directory / stage / "evaluation.json")) is not None
         }
-        found += scored.sections(material.scores, rewards, _labels(material), _comparisons(material))
+        found += scored.sections(material.config, material.scores, rewards, _labels(material), _comparisons(material))
     else:
         found.append(Section("Comparisons", _comparisons(material)))
     found += [
@@ -154,7 +156,7 @@ def _judged(material: Material, gold: Mapping[str, Any]) -> list[Section]:
         Section("Does the reward model see quality, or length?", _reward(gold)),
         Section("Is the guidance worth it?", _guidance(gold)),
         Section("Do the policies improve?", _policies(gold)),
-        Section("Does RLSF over-optimise?", _curve(gold)),
+        Section("Does RLSF over-optimise?", _curve(material, gold)),
     ]
 
 
@@ -292,8 +294,9 @@ def _policies(gold: Mapping[str, Any]) -> list[Block]:
     return blocks
 
 
-def _curve(gold: Mapping[str, Any]) -> list[Block]:
-    figure = plots.over_optimisation(gold["rlsf_curve"])
+def _curve(material: Material, gold: Mapping[str, Any]) -> list[Block]:
+    curves = scored.named_curves(material.config, gold)
+    figure = plots.over_optimisation(curves)
     if figure is None:
         return []
     n = gold["rlsf_curve"][-1]["n"]
@@ -301,10 +304,11 @@ def _curve(gold: Mapping[str, Any]) -> list[Block]:
         FigureBlock(
             "over_optimisation",
             figure,
-            "Reward and gold score of the RLSF policy against its KL from the SFT policy, measured on "
+            "Scores of PPO's policies against their KL from the SFT policy, measured on "
             f"n = {n:,} held-out queries at every kept step; the line follows training. Where the reward still rises "
             f"and the gold score falls, the reward model is being over-optimised. {INTERVALS}",
-        )
+        ),
+        *scored.selection(curves, gold),
     ]
 
 

@@ -76,8 +76,10 @@ class Gathered:
     rollouts: Rollouts
 
 
-def run_stage(run: Run) -> dict[str, Any]:
+def run_stage(run: Run, name: str = NAME) -> dict[str, Any]:
     """Train by PPO: sft/model, reward/model, demonstrations.jsonl -> rlsf/model, policies/STEP, samples, rollouts.
+
+    Another `name` is another folder; the seeds, and so the rollouts of the first step, stay the same.
 
     Stopped and resumed, it leaves the same bytes as if it had never stopped: all randomness is a function of seed and
     step, and the checkpoint holds the rest: the KL coefficient, and rollouts that were sampled ahead.
@@ -96,7 +98,7 @@ def run_stage(run: Run) -> dict[str, Any]:
         policy_optimizer, critic_optimizer = make_optimizers(ppo)
         state = start_state(run, actors, policy_optimizer, critic_optimizer)
         actors = frozen(actors, ppo, run.config.compute_dtype)
-        checkpoints = Checkpoints(checkpoint_folder(run, NAME), keep=CHECKPOINTS_KEPT)
+        checkpoints = Checkpoints(checkpoint_folder(run, name), keep=CHECKPOINTS_KEPT)
         stack.callback(checkpoints.close)
         ahead = abstract_rollouts(run, actors, prompts) if ppo.overlap_rollouts else None
         found = checkpoints.restore(whole_state(abstract(state), ahead))
@@ -106,10 +108,10 @@ def run_stage(run: Run) -> dict[str, Any]:
             start, restored, extra = found
             state, ahead = parts_of(restored, ppo)
         else:
-            save_policy(run, actors, state, 0)
+            save_policy(run, actors, state, 0, name)
             ahead = collect(run, state, actors, prompts, 1) if ppo.overlap_rollouts else None
-        tables = {file: records_until(run.path(NAME, file), start) for file in TABLES}
-        metrics = run.metrics(NAME, start)
+        tables = {file: records_until(run.path(name, file), start) for file in TABLES}
+        metrics = run.metrics(name, start)
         stack.callback(metrics.close)
         settings, placement = run.config.mesh, shardings_of(state)
         learners = training_players(actors.players, settings, run.mesh)
@@ -120,8 +122,8 @@ def run_stage(run: Run) -> dict[str, Any]:
             make_update(learners, ppo, policy_optimizer, critic_optimizer, trains, placement, spread)
             for trains in (False, True)
         )
-        guard = Guard(run, NAME, checkpoints, ppo.guards.max_skips, extra)
-        progress = stack.enter_context(run.progress(NAME, ppo.steps, start))
+        guard = Guard(run, name, checkpoints, ppo.guards.max_skips, extra)
+        progress = stack.enter_context(run.progress(name, ppo.steps, start))
         stack.enter_context(saves_first())
         for step in range(start + 1, ppo.steps + 1):
             update = training if step > ppo.critic_warmup_steps else warming
@@ -141,21 +143,32 @@ def run_stage(run: Run) -> dict[str, Any]:
                 queries = [prompts.texts[row] for row in prompt_rows(run, prompts, step)]
                 for file, make in TABLES.items():
                     tables[file] += make(actors.sft.tokenizer, queries, *shown, step)
-                    write_records(run.path(NAME, file), tables[file])
+                    write_records(run.path(name, file), tables[file])
             if step % ppo.sample_every == 0 or last:
-                save_policy(run, actors, state, step)
+                save_policy(run, actors, state, step, name)
             whole = whole_state(state, ahead)
             if step % ppo.checkpoint_every == 0 or last:
                 checkpoints.save(step, whole, guard.extra)
-            progress.advance(1, **{name: figures[name] for name in ("reward", "kl") if name in figures})
-            stop_if_asked(run, NAME, step, whole, checkpoints, guard.extra)
-        save_model(run.path(NAME, "model"), policy_model(run, actors, state))
+            progress.advance(1, **{key: figures[key] for key in ("reward", "kl") if key in figures})
+            stop_if_asked(run, name, step, whole, checkpoints, guard.extra)
+        save_model(run.path(name, "model"), policy_model(run, actors, state, name))
         metrics.close()
-    final = read_records(run.path(NAME, "metrics.jsonl"))[-1]
+    final = read_records(run.path(name, "metrics.jsonl"))[-1]
     kept = ("reward", "kl", "missing_eos", "response_length", "kl_coef")
     return {
-        "steps": ppo.steps, "queries": len(prompts.texts), **{name: final[name] for name in kept if name in final}
+        "steps": ppo.steps, "queries": len(prompts.texts), **{key: final[key] for key in kept if key in final}
     }  # fmt: skip
+
+
+def run_over_optimised(run: Run) -> dict[str, Any]:
+    """The same with the KL penalty of the section `over_optimisation`: -> over_optimisation/; nothing without it."""
+    settings = run.config.over_optimisation
+    if settings is None:
+        return {"over_optimisation": "off"}
+    # What the penalty would have held back is measured all the same.
+    changed = {**settings.model_dump(), "kl_controller": "fixed", "keep_reference": True}
+    config = run.config.model_copy(update={"ppo": run.config.ppo.model_copy(update=changed)})
+    return run_stage(dataclasses.replace(run, config=config), "over_optimisation")
 
 
 def draw(run: Run, state: PpoState, actors: Actors, prompts: Prompts, rows: np.ndarray, step: int) -> Samples:
@@ -331,11 +344,11 @@ def start_state(
     )
 
 
-def policy_model(run: Run, actors: Actors, state: PpoState) -> Model:
+def policy_model(run: Run, actors: Actors, state: PpoState, name: str) -> Model:
     """The policy as a model to save."""
-    return dataclasses.replace(actors.sft, params=state.policy.params, name=f"{run.config.name}/{NAME}")
+    return dataclasses.replace(actors.sft, params=state.policy.params, name=f"{run.config.name}/{name}")
 
 
-def save_policy(run: Run, actors: Actors, state: PpoState, step: int) -> None:
+def save_policy(run: Run, actors: Actors, state: PpoState, step: int, name: str) -> None:
     """Save a snapshot of the policy after `step` steps, for the curve of quality against KL."""
-    save_model(run.path(NAME, "policies", str(step)), policy_model(run, actors, state))
+    save_model(run.path(name, "policies", str(step)), policy_model(run, actors, state, name))

@@ -72,6 +72,7 @@ def build_run(folder: Path, home: Path, **sections: Any) -> Run:
         "demonstrations": {"assistant": prompted, "user": prompted, "sampling": sampling},
         "sft": {"model": "vanilla"},
         "dpo": {},
+        "over_optimisation": {"steps": 1},
         "ppo": {},
         "evaluation": {
             "gold": True,
@@ -109,7 +110,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     run = build_run(home / "run", home)
     source = load_model(str(vanilla), run.mesh, "float32")
-    policies = ("sft/model", "sft_self_play/model", "rlsf/model", "rlsf/policies/2", "dpo/model")
+    policies = ("sft/model", "sft_self_play/model", "rlsf/model", "rlsf/policies/2", "dpo/model", "over_optimisation/policies/1")
     for seed, name in enumerate(policies, start=1):
         params = init_params(config, jax.random.key(seed))
         save_model(run.path(name), Model(config, params, source.tokenizer, "policy", name))

@@ -161,6 +161,8 @@ def test_curve_is_in_order_of_steps() -> None:
         (100, 3.0, 2.0, 0.4),
     ]
     assert curve[0]["characters"] == 4 and curve[0]["n"] == 2
+    assert analyses.selected(curve) == {"reward": 100, "gold": 20}
+    assert analyses.over_optimisation(items, ("kl", "reward"), ["a", "b"], BOOTSTRAP, "over_optimised") == []
 
 
 def test_kinds_lengths_and_bins() -> None:

@@ -26,6 +26,12 @@ def test_gold_json_holds_every_figure_over_every_query(finished: Path) -> None:
     assert set(figures["best_of_n"]) == {"1", "3", "oracle_3"}
     assert [point["step"] for point in figures["rlsf_curve"]] == [0, 2]
     assert all(point["n"] == 7 for point in figures["rlsf_curve"])
+    assert [point["step"] for point in figures["over_optimised_curve"]] == [1]
+    assert list(figures["selected"]) == ["rlsf", "over_optimisation"]
+    for score, step in figures["selected"]["rlsf"].items():
+        means = {point["step"]: point[score] for point in figures["rlsf_curve"]}
+        assert means[step] == max(means.values())
+    assert set(figures["selected"]["rlsf"]) == {"reward", "as_is", "gold"}
     assert figures["contamination"] == dict.fromkeys(figures["contamination"], 0)
 
 
@@ -61,14 +67,16 @@ def test_items_keep_everything_and_carry_their_gold_score(finished: Path) -> Non
     systems = ["configuration/A", "configuration/B", "best_of_n"]
     systems += [f"policy/{name}" for name in ("prompted", "sft_self_play", "sft", "rlsf", "dpo")]
     expected = {system: 18 for system in systems} | {"best_of_n": 18 * 3, "curve/0": 7, "curve/2": 7}
+    expected |= {"over_optimised/1": 7}
     expected |= {"policy/sft_best_of_n": 18 * 3}
     assert {system: sum(item["system"] == system for item in items) for system in expected} == expected
     assert len(items) == sum(expected.values())
     for item in items:
         assert item["gold"] == gold_score(item["query"], item["text"])
         assert item["kind"] == kind(item["query"])
-        assert (item["kl"] is None) == (not item["system"].startswith("curve/"))
-        assert (item["as_is"] is None) == (not item["system"].startswith("configuration/"))
+        along_ppo = item["system"].startswith(("curve/", "over_optimised/"))
+        assert (item["kl"] is None) == (not along_ppo)
+        assert (item["as_is"] is None) == (not along_ppo and not item["system"].startswith("configuration/"))
     held_out = read_records(finished / "evaluation_queries.jsonl")
     assert {item["query"] for item in items} == {query["text"] for query in held_out}
 

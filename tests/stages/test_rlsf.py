@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from almost_jax.config import MeshConfig, PpoConfig
+from almost_jax.config import MeshConfig, OverOptimisationConfig, PpoConfig
 from almost_jax.core.heads import add_head, sequence_scores
 from almost_jax.core.llama import LlamaConfig, RopeConfig, init_params
 from almost_jax.core.losses import length_mask
@@ -257,6 +257,23 @@ def test_20_28_stopped_and_resumed_is_the_same_to_the_byte_with_the_same_coeffic
     for before, after in zip(lines, lines[1:], strict=False):
         error = min(max(before["kl"] / 0.05 - 1, -0.2), 0.2)
         assert after["kl_coef"] == pytest.approx(before["kl_coef"] * (1 + error * 8 / 40), rel=1e-5)
+
+
+def test_over_optimisation_is_ppo_with_another_penalty(make_ppo: Callable[..., Run], tmp_path: Path) -> None:
+    run = make_ppo(tmp_path)
+    assert rlsf.run_over_optimised(run) == {"over_optimisation": "off"} and not run.path("over_optimisation").exists()
+    weak = OverOptimisationConfig(kl_coef=0.0, steps=2, sample_every=1)
+    run = dataclasses.replace(run, config=run.config.model_copy(update={"over_optimisation": weak}))
+    assert rlsf.run_over_optimised(run)["steps"] == 2
+    assert not run.path("rlsf").exists(), "it has a folder of its own"
+    assert sorted(path.name for path in run.path("over_optimisation", "policies").iterdir()) == ["0", "1", "2"]
+    weakly = read_records(run.path("over_optimisation", "metrics.jsonl"))
+    # The penalty is gone, and what it would have held back is measured.
+    assert [line["kl_coef"] for line in weakly] == [0.0, 0.0] and weakly[1]["kl"] != 0
+    rlsf.run_stage(run)
+    penalised = read_records(run.path("rlsf", "metrics.jsonl"))
+    assert weakly[0]["reward"] == penalised[0]["reward"], "both begin with the same rollouts"
+    assert weakly[1]["reward"] != penalised[1]["reward"]
 
 
 def test_a_step_changes_policy_and_critic_and_reports_what_happened(
