@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from almost_jax.config import OverOptimisationConfig, PpoConfig
 from almost_jax.evaluation.analyses import FILTERS, HEURISTIC, POLICIES
 from almost_jax.evaluation.audit import SCORERS
 from almost_jax.evaluation.statistics import agreement
@@ -315,8 +316,8 @@ def _policies(scores: Scores) -> list[Block]:
 def named_curves(config: Mapping[str, Any], scores: Scores) -> dict[str, Sequence[Mapping[str, Any]]]:
     """The points of each run of PPO that has any, by what it is called here."""
     coefficients = {
-        "rlsf": config["ppo"]["kl_coef"],
-        "over_optimisation": (config.get("over_optimisation") or {}).get("kl_coef", 0.0),
+        "rlsf": config.get("ppo", {}).get("kl_coef", PpoConfig().kl_coef),
+        "over_optimisation": (config.get("over_optimisation") or {}).get("kl_coef", OverOptimisationConfig().kl_coef),
     }
     points = {"rlsf": scores["rlsf_curve"], "over_optimisation": scores.get("over_optimised_curve")}
     return {f"{_PPO_NAMES[run]}{coefficients[run]:g}": curve for run, curve in points.items() if curve}

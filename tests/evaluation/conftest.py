@@ -110,7 +110,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     run = build_run(home / "run", home)
     source = load_model(str(vanilla), run.mesh, "float32")
-    policies = ("sft/model", "sft_self_play/model", "rlsf/model", "rlsf/policies/2", "dpo/model", "over_optimisation/policies/1")
+    policies = ("sft/model", "sft_self_play/model", "rlsf/model", "rlsf/policies/2", "dpo/model")
+    policies += ("over_optimisation/policies/1",)
     for seed, name in enumerate(policies, start=1):
         params = init_params(config, jax.random.key(seed))
         save_model(run.path(name), Model(config, params, source.tokenizer, "policy", name))
