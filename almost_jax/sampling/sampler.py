@@ -5,6 +5,7 @@ while the others run on. Prefill and decoding are programs of their own, so that
 the one that is run most.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -201,7 +202,7 @@ def decode(
 
 def halt(slots: Slots, places: Array) -> Slots:
     """Stop the slots at `places` [A] int32 (B is none): their requests met a stop string."""
-    return slots.replace(running=slots.running.at[places].set(False, mode="drop"))  # type: ignore[attr-defined]
+    return dataclasses.replace(slots, running=slots.running.at[places].set(False, mode="drop"))
 
 
 def grow(slots: Slots, size: int) -> Slots:
@@ -216,7 +217,7 @@ def grow(slots: Slots, size: int) -> Slots:
     keys = jax.tree.map(lambda leaf: wider(leaf, -1), own.keys)
     values = jax.tree.map(lambda leaf: wider(leaf, -2), own.values)
     cache = Cache(keys, values, own.lengths)
-    return slots.replace(cache=cache)  # type: ignore[attr-defined]
+    return dataclasses.replace(slots, cache=cache)
 
 
 def take(cache: Cache, places: Array) -> Cache:
