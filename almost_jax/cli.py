@@ -19,7 +19,6 @@ from almost_jax.commands.plan import plan_command
 from almost_jax.errors import InputError, TrainingDiverged
 from almost_jax.experiments import load_experiment, load_sweep
 from almost_jax.folder import is_locked, read_status
-from almost_jax.io.buckets import local_arguments
 from almost_jax.io.distributed import from_primary, initialize, is_primary, several
 from almost_jax.pipeline import make_plan, run_experiment
 from almost_jax.report import page, sweep
@@ -156,8 +155,7 @@ app.command("reviews")(judge.reviews_command)
 def main(arguments: list[str] | None = None) -> None:
     """Run a command and exit: 0, or 1 for a failed run, 2 for bad input, 130 when interrupted."""
     try:
-        given = local_arguments(sys.argv[1:] if arguments is None else arguments)
-        code = app(args=given, prog_name="almost-jax", standalone_mode=False)
+        code = app(args=arguments, prog_name="almost-jax", standalone_mode=False)
     except InputError as error:
         _complain(str(error))
         code = BAD_INPUT

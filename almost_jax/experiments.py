@@ -22,7 +22,6 @@ from pydantic import ValidationError
 
 from almost_jax.config import ExperimentConfig, Section
 from almost_jax.errors import InputError
-from almost_jax.io.buckets import local_path
 
 Key: TypeAlias = tuple[str, ...]
 
@@ -110,8 +109,7 @@ def _load(path: Path, seen: tuple[Path, ...]) -> tuple[_Layer, Any]:
         raise InputError(f"{where}: not valid yaml: {_one_line(getattr(error, 'problem', None) or error)}") from error
     if not isinstance(values, dict) or not isinstance(node, yaml.MappingNode):
         raise InputError(f"{path}: must hold a mapping of keys, not {type(values).__name__}")
-    origins = dict(_lines(node, (), path))
-    own = _Layer({str(key): _on_this_machine(value, (str(key),), origins) for key, value in values.items()}, origins)
+    own = _Layer({str(key): value for key, value in values.items()}, dict(_lines(node, (), path)))
     sweep = own.values.pop("sweep", None)
     base = own.values.pop("base", None)
     if base is None:
@@ -123,20 +121,6 @@ def _load(path: Path, seen: tuple[Path, ...]) -> tuple[_Layer, Any]:
         raise InputError(f"{own.origins[('base',)]}: base: there is no {parent}")
     inherited, _ = _load(parent, (*seen, path.resolve()))
     return _merge(inherited, own), sweep
-
-
-def _on_this_machine(value: Any, key: Key, origins: dict[Key, str]) -> Any:
-    """A file's value, gs:// paths in it as what they are here."""
-    if isinstance(value, dict):
-        return {name: _on_this_machine(inner, (*key, str(name)), origins) for name, inner in value.items()}
-    if isinstance(value, list):
-        return [_on_this_machine(inner, (*key, str(place)), origins) for place, inner in enumerate(value)]
-    if not isinstance(value, str):
-        return value
-    try:
-        return local_path(value)
-    except InputError as error:
-        raise InputError(f"{origins.get(key, '')}: {'.'.join(key)}: {error}") from error
 
 
 def _lines(node: yaml.Node, key: Key, path: Path) -> Iterator[tuple[Key, str]]:

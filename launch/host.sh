@@ -38,33 +38,11 @@ share() {
   sudo chown "$(id -u)" "$home/runs"
 }
 
-# A bucket as a folder, by Cloud Storage FUSE, from Google's own packages.
-mount_bucket() {
-  local bucket=${1#gs://} key=/usr/share/keyrings/cloud.google.asc
-  ! mountpoint --quiet "/gcs/$bucket" || return 0
-  if ! command -v gcsfuse >/dev/null; then
-    curl --fail --silent --show-error https://packages.cloud.google.com/apt/doc/apt-key.gpg | sudo tee "$key" >/dev/null
-    echo "deb [signed-by=$key] https://packages.cloud.google.com/apt gcsfuse-$(lsb_release --codename --short) main" |
-      sudo tee /etc/apt/sources.list.d/gcsfuse.list >/dev/null
-    sudo apt-get update --quiet
-    sudo apt-get install --yes --quiet gcsfuse
-  fi
-  sudo mkdir -p "/gcs/$bucket"
-  sudo chown "$(id -u)" "/gcs/$bucket"
-  gcsfuse --implicit-dirs "$bucket" "/gcs/$bucket"
-}
-
 setup() {
-  local shared
   ! running || die "a command runs here"
   rm -f "$home/ready"
   mkdir -p "$home/runs" "$job"
-  for shared in "$@"; do
-    case $shared in
-      gs://*) mount_bucket "$shared" ;;
-      *) share "$shared" ;;
-    esac
-  done
+  [[ -z ${1:-} ]] || share "$1"
   ln -sfn "$home/runs" "$home/source/runs"
   # The images bring Python 3.10; uv brings the one that is needed.
   python3 -m pip install --user --quiet uv

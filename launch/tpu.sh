@@ -8,7 +8,6 @@ usage: launch/tpu.sh VERB NAME --zone ZONE [options] [-- COMMAND...]
 
   create   ask for a TPU: a queued resource and its node, both called NAME   --type TYPE [--runtime VERSION] [--spot]
   setup    wait until it is there, send the committed files, install them on every host     [--share SERVER:/EXPORT]
-           and mount a bucket on every host, so that gs:// paths work there                   [--mount gs://BUCKET]
   run      start COMMAND on every host and return                            [--bucket gs://BUCKET/FOLDER]
   logs     show a host's output and follow it until COMMAND ends             [--worker NUMBER]
   resume   bring COMMAND back, on a new TPU where the old one is gone        (the options of create and run)
@@ -105,7 +104,7 @@ setup() {
   call git -C "$root" archive --format=tar.gz "--output=$archive" HEAD
   call gcloud compute tpus tpu-vm scp "$archive" "$name:" "${place[@]}" --worker=all
   ssh_command all "rm -rf almost_jax/source && mkdir -p almost_jax/source \
-&& tar -xzf almost_jax.tar.gz -C almost_jax/source && $(on_host setup ${share:+"$share"} ${mount:+"$mount"})"
+&& tar -xzf almost_jax.tar.gz -C almost_jax/source && $(on_host setup ${share:+"$share"})"
   call "${words[@]}"
 }
 
@@ -181,7 +180,7 @@ needs() { # OPTION VALUE: what the verb can't do without
 [[ ${1:-} != --help && ${1:-} != -h ]] || { usage; exit 0; }
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 poll_seconds=${ALMOST_POLL_SECONDS:-30}
-verb=${1:-} name=${2:-} zone="" project="" type="" runtime="" spot="" bucket="" share="" mount="" worker=0 to=. dry_run="" command=()
+verb=${1:-} name=${2:-} zone="" project="" type="" runtime="" spot="" bucket="" share="" worker=0 to=. dry_run="" command=()
 case $verb in
   create | setup | run | logs | resume | fetch | delete) ;;
   *) die "the verb is one of create, setup, run, logs, resume, fetch, delete, not '$verb'; see launch/tpu.sh --help" ;;
@@ -193,7 +192,7 @@ while (($#)); do
   case $1 in
     --dry-run) dry_run=yes ;;
     --spot) spot=yes ;;
-    --zone | --project | --type | --runtime | --bucket | --share | --mount | --worker | --to)
+    --zone | --project | --type | --runtime | --bucket | --share | --worker | --to)
       [[ ${2:-} && ${2:-} != --* ]] || die "$1 needs a value"
       printf -v "${1#--}" '%s' "$2"
       shift
@@ -230,7 +229,6 @@ esac
 [[ -z $bucket || $bucket =~ ^gs://[^/]+/.*[^/]$ ]] ||
   die "--bucket '$bucket' should be gs://BUCKET/FOLDER: a folder of this TPU's own, no slash at the end"
 [[ -z $share || $share =~ ^[^:/]+:/. ]] || die "--share '$share' should be SERVER:/EXPORT, as a Filestore names it"
-[[ -z $mount || $mount =~ ^gs://[^/]+$ ]] || die "--mount '$mount' should be gs://BUCKET, whole"
 [[ -z $share || -z $bucket ]] || die "give --share or --bucket: what hosts share outlives them and needs no copies"
 [[ $worker =~ ^[0-9]+$ ]] || die "--worker '$worker' should be a host's number, from 0"
 [[ $dry_run && $verb != resume ]] || command -v gcloud >/dev/null ||

@@ -320,23 +320,9 @@ def test_hosts_share_their_runs_by_a_mount(cloud: Cloud) -> None:
     assert (cloud.host(1) / "ready").exists()
 
 
-def test_hosts_mount_a_bucket(cloud: Cloud) -> None:
-    cloud.done("create", "pod", *PLACE, *TYPE)
-    for name in ("sudo", "gcsfuse"):
-        cloud.tool(name, f'echo "$FAKE_HOST {name} $*" >> {cloud.folder}/said')
-    cloud.done("setup", "pod", *PLACE, "--mount", "gs://things")
-    said = (cloud.folder / "said").read_text().splitlines()
-    for host in range(2):
-        own = [line.removeprefix(f"{host} ") for line in said if line.startswith(f"{host} ")]
-        assert own[0] == "sudo mkdir -p /gcs/things" and own[1].startswith("sudo chown ")
-        assert own[2] == "gcsfuse --implicit-dirs things /gcs/things"
-        assert (cloud.host(host) / "ready").exists()
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--mount", "things"], "--mount 'things' should be gs://BUCKET"),
         (["--share", "runs"], "--share 'runs' should be SERVER:/EXPORT"),
         (["--share", "10.0.0.2:/runs", *BUCKET], "give --share or --bucket"),
     ],
