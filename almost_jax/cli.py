@@ -14,7 +14,7 @@ from rich.text import Text
 
 from almost_jax.commands import chat, evaluate, generate, harness, judge, models, scoring
 from almost_jax.commands.doctor import doctor_command
-from almost_jax.commands.places import keep_compiled_programs
+from almost_jax.commands.places import keep_compiled_programs, on_disk
 from almost_jax.commands.plan import plan_command
 from almost_jax.errors import InputError, TrainingDiverged
 from almost_jax.experiments import load_experiment, load_sweep
@@ -35,12 +35,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Experiment = Annotated[Path, typer.Argument(help="The experiment's yaml file.", metavar="EXPERIMENT")]
+Experiment = Annotated[Path, typer.Argument(help="The experiment's yaml file.", metavar="EXPERIMENT", callback=on_disk)]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Values to change, as in ppo.kl_coef=0.1.", metavar="[a.b=v]...")
 ]
-Out = Annotated[Path | None, typer.Option(help="The run's folder; runs/NAME when not given.")]
-Folder = Annotated[Path, typer.Argument(help="The run's folder.", metavar="DIR")]
+Out = Annotated[Path | None, typer.Option(help="The run's folder; runs/NAME when not given.", callback=on_disk)]
+Folder = Annotated[Path, typer.Argument(help="The run's folder.", metavar="DIR", callback=on_disk)]
 Tensorboard = Annotated[bool, typer.Option("--tensorboard", help="Write metrics for TensorBoard too.")]
 
 

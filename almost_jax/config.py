@@ -582,7 +582,8 @@ class EvaluationConfig(Section):
 class ExperimentConfig(Section):
     """One experiment: the models, then one section per stage in the order in which they run.
 
-    `models` maps names to sources: `microworld:small`, a checkpoint folder of ours or a Hugging Face folder.
+    `models` maps names to sources: `microworld:small`, a checkpoint folder of ours or a Hugging Face folder. Wherever a
+    path may stand it may be `gs://BUCKET/...`, of a bucket that is mounted (io/paths.py); config.yaml keeps it so.
     """
 
     name: Name

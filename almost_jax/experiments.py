@@ -22,6 +22,7 @@ from pydantic import ValidationError
 
 from almost_jax.config import ExperimentConfig, Section
 from almost_jax.errors import InputError
+from almost_jax.io.paths import local_path
 
 Key: TypeAlias = tuple[str, ...]
 
@@ -116,7 +117,7 @@ def _load(path: Path, seen: tuple[Path, ...]) -> tuple[_Layer, Any]:
         return own, sweep
     if not isinstance(base, str):
         raise InputError(f"{own.origins[('base',)]}: base: must be the path of one experiment file, not {base!r}")
-    parent = path.parent / base
+    parent = path.parent / local_path(base)
     if not parent.is_file():
         raise InputError(f"{own.origins[('base',)]}: base: there is no {parent}")
     inherited, _ = _load(parent, (*seen, path.resolve()))

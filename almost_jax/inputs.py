@@ -11,6 +11,7 @@ import almost_jax
 from almost_jax.config import ExperimentConfig, PromptedModel
 from almost_jax.errors import InputError
 from almost_jax.evaluation.benchmark_stage import POLICIES
+from almost_jax.io.paths import local_path
 from almost_jax.stages.templates import demonstrations_text, prompt_file
 from almost_jax.stages.votes import votes_are_a_file
 
@@ -113,7 +114,7 @@ def model_path(name: str, source: str) -> Path:
         InputError: there is none.
     """
     shipped = source.removeprefix("microworld:")
-    folder = PACKAGE / "microworld" / "weights" / shipped if shipped != source else Path(source)
+    folder = PACKAGE / "microworld" / "weights" / shipped if shipped != source else _local(f"models.{name}", source)
     if not folder.is_dir():
         known = sorted(path.name for path in folder.parent.glob("*") if path.is_dir()) if shipped != source else []
         hint = f"; shipped are {', '.join(known)}" if known else ""
@@ -135,7 +136,7 @@ def _files(config: ExperimentConfig) -> Iterator[tuple[str, Path]]:
     for key, prompted in _prompted(config):
         yield f"{key}.demonstrations", prompt_file(prompted.demonstrations)
     if config.queries.source == "file":
-        yield "queries.file", Path(config.queries.file or "")
+        yield "queries.file", _local("queries.file", config.queries.file or "")
     if config.queries.source == "self_instruct":
         yield "queries.self_instruct.seeds", prompt_file(config.queries.self_instruct.seeds)
     if config.evaluation.questions is not None:
@@ -143,13 +144,20 @@ def _files(config: ExperimentConfig) -> Iterator[tuple[str, Path]]:
     for name in ("hhh", "truthfulqa"):
         section = getattr(config.evaluation, name)
         if section is not None and section.data is not None:
-            yield f"evaluation.{name}.data", Path(section.data)
+            yield f"evaluation.{name}.data", _local(f"evaluation.{name}.data", section.data)
     if config.evaluation.vicuna is not None:
-        yield "evaluation.vicuna.questions", Path(config.evaluation.vicuna.questions)
+        yield "evaluation.vicuna.questions", _local("evaluation.vicuna.questions", config.evaluation.vicuna.questions)
         if config.evaluation.vicuna.against not in POLICIES:
-            yield "evaluation.vicuna.against", Path(config.evaluation.vicuna.against)
+            yield "evaluation.vicuna.against", _local("evaluation.vicuna.against", config.evaluation.vicuna.against)
     if votes_are_a_file(config.as_is_reward.votes):
-        yield "as_is_reward.votes", Path(config.as_is_reward.votes)
+        yield "as_is_reward.votes", _local("as_is_reward.votes", config.as_is_reward.votes)
+
+
+def _local(key: str, source: str) -> Path:
+    try:
+        return local_path(source)
+    except InputError as error:
+        raise InputError(f"{key}: {error}") from error
 
 
 def _flatten(tree: Any, key: str) -> Iterator[tuple[str, Any]]:

@@ -38,6 +38,27 @@ share() {
   sudo chown "$(id -u)" "$home/runs"
 }
 
+# Cloud Storage FUSE from Google's repository. A host that was just made may hold apt's lock for its own updates.
+install_gcsfuse() {
+  local key=/usr/share/keyrings/cloud.google.asc place=https://packages.cloud.google.com/apt
+  sudo curl --fail --silent --show-error --location --output "$key" "$place/doc/apt-key.gpg"
+  printf 'deb [signed-by=%s] %s gcsfuse-%s main\n' "$key" "$place" "$(lsb_release --codename --short)" |
+    sudo tee /etc/apt/sources.list.d/gcsfuse.list >/dev/null
+  sudo apt-get update --quiet
+  sudo apt-get install --yes --quiet -o DPkg::Lock::Timeout=300 gcsfuse
+}
+
+# COMMAND...: a call of gcsfuse, whose last word is the folder. A bucket that is mounted there stays.
+mount_bucket() {
+  local folder=${!#}
+  ! mountpoint --quiet "$folder" || return 0
+  command -v gcsfuse >/dev/null || install_gcsfuse
+  # A mount whose process died is still in the way.
+  ! grep -qs " $folder fuse" /proc/mounts || fusermount -u "$folder"
+  sudo install -d -o "$(id -un)" "$folder"
+  "$@"
+}
+
 setup() {
   ! running || die "a command runs here"
   rm -f "$home/ready"
@@ -128,6 +149,6 @@ saving() {
 }
 
 case ${1:-} in
-  setup | state | start | job | stop | logs | restore | save | saving) "$@" ;;
+  setup | mount_bucket | state | start | job | stop | logs | restore | save | saving) "$@" ;;
   *) die "unknown verb '${1:-}'" ;;
 esac

@@ -7,15 +7,17 @@ usage() {
 usage: launch/tpu.sh VERB NAME --zone ZONE [options] [-- COMMAND...]
 
   create   ask for a TPU: a queued resource and its node, both called NAME   --type TYPE [--runtime VERSION] [--spot]
-  setup    wait until it is there, send the committed files, install them on every host     [--share SERVER:/EXPORT]
+  setup    wait until it is there, send the committed files, install them on every host
+                                                                [--share SERVER:/EXPORT] [--mount gs://BUCKET]
   run      start COMMAND on every host and return                            [--bucket gs://BUCKET/FOLDER]
   logs     show a host's output and follow it until COMMAND ends             [--worker NUMBER]
-  resume   bring COMMAND back, on a new TPU where the old one is gone        (the options of create and run)
+  resume   bring COMMAND back, on a new TPU where the old one is gone        (the options of create, setup, run)
   fetch    copy the runs to DIR/runs                                         [--to DIR] [--bucket gs://BUCKET/FOLDER]
   delete   delete the TPU, its disks and its queued resource
 
 everywhere: --project PROJECT, and --dry-run, which prints the commands and changes nothing
 --share: a file system (NFS, a Filestore say) that every host mounts as its runs; a run on several hosts needs one
+--mount: a bucket that every host mounts with Cloud Storage FUSE at /gcs/BUCKET, where almost-jax finds gs://BUCKET/...
 END
 }
 
@@ -106,6 +108,17 @@ setup() {
   ssh_command all "rm -rf almost_jax/source && mkdir -p almost_jax/source \
 && tar -xzf almost_jax.tar.gz -C almost_jax/source && $(on_host setup ${share:+"$share"})"
   call "${words[@]}"
+  mount_bucket
+}
+
+# The options are those of almost_jax/io/paths.py, which says what they are for.
+mount_bucket() {
+  [[ $mount ]] || return 0
+  remote all mount_bucket gcsfuse --implicit-dirs --rename-dir-limit=200000 --metadata-cache-ttl-secs=0 \
+    --metadata-cache-negative-ttl-secs=0 "${mount#gs://}" "/gcs/${mount#gs://}"
+  [[ $dry_run ]] || return 0
+  printf '# which is on a host, by host.sh:\n'
+  sed -n '/^install_gcsfuse()/,/^}/s/^/#   /p; /^mount_bucket()/,/^}/s/^/#   /p' "$root/launch/host.sh"
 }
 
 start() {
@@ -144,7 +157,11 @@ resume() {
           ;;
         *absent*) setup ;;
         # One process gone stops the whole: the others hang or go down with it.
-        *) remote all stop ;;
+        *)
+          remote all stop
+          # A host that was started again has lost it.
+          mount_bucket
+          ;;
       esac
       ;;
     CREATING | ACCEPTED | WAITING_FOR_RESOURCES | PROVISIONING) setup ;;
@@ -180,7 +197,7 @@ needs() { # OPTION VALUE: what the verb can't do without
 [[ ${1:-} != --help && ${1:-} != -h ]] || { usage; exit 0; }
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 poll_seconds=${ALMOST_POLL_SECONDS:-30}
-verb=${1:-} name=${2:-} zone="" project="" type="" runtime="" spot="" bucket="" share="" worker=0 to=. dry_run="" command=()
+verb=${1:-} name=${2:-} zone="" project="" type="" runtime="" spot="" bucket="" share="" mount="" worker=0 to=. dry_run="" command=()
 case $verb in
   create | setup | run | logs | resume | fetch | delete) ;;
   *) die "the verb is one of create, setup, run, logs, resume, fetch, delete, not '$verb'; see launch/tpu.sh --help" ;;
@@ -192,7 +209,7 @@ while (($#)); do
   case $1 in
     --dry-run) dry_run=yes ;;
     --spot) spot=yes ;;
-    --zone | --project | --type | --runtime | --bucket | --share | --worker | --to)
+    --zone | --project | --type | --runtime | --bucket | --share | --mount | --worker | --to)
       [[ ${2:-} && ${2:-} != --* ]] || die "$1 needs a value"
       printf -v "${1#--}" '%s' "$2"
       shift
@@ -229,6 +246,8 @@ esac
 [[ -z $bucket || $bucket =~ ^gs://[^/]+/.*[^/]$ ]] ||
   die "--bucket '$bucket' should be gs://BUCKET/FOLDER: a folder of this TPU's own, no slash at the end"
 [[ -z $share || $share =~ ^[^:/]+:/. ]] || die "--share '$share' should be SERVER:/EXPORT, as a Filestore names it"
+[[ -z $mount || $mount =~ ^gs://[a-z0-9][a-z0-9._-]*$ ]] ||
+  die "--mount '$mount' should be gs://BUCKET, a whole bucket: what lies in it is then found as gs://BUCKET/..."
 [[ -z $share || -z $bucket ]] || die "give --share or --bucket: what hosts share outlives them and needs no copies"
 [[ $worker =~ ^[0-9]+$ ]] || die "--worker '$worker' should be a host's number, from 0"
 [[ $dry_run && $verb != resume ]] || command -v gcloud >/dev/null ||

@@ -8,7 +8,7 @@ import jax
 import typer
 from jax.sharding import Mesh
 
-from almost_jax.commands.places import DtypeOption, MeshOption, check_dtype, parse_mesh
+from almost_jax.commands.places import DtypeOption, MeshOption, check_dtype, on_disk, parse_mesh
 from almost_jax.config import MeshConfig, SamplingConfig
 from almost_jax.core.partitioning import make_mesh
 from almost_jax.errors import InputError
@@ -19,6 +19,7 @@ from almost_jax.evaluation.judge import Endpoint
 from almost_jax.evaluation.judge_prompts import SCORES, read_prompt
 from almost_jax.evaluation.statistics import Bootstrap
 from almost_jax.io.models import Model, load_model
+from almost_jax.io.paths import local_path
 from almost_jax.io.records import Record
 from almost_jax.io.transfer import locate
 
@@ -35,7 +36,7 @@ app = typer.Typer(
 ModelOption = Annotated[
     str, typer.Option("--model", help="A model of ours, a Hugging Face folder or hub name, or a GGUF file.")
 ]
-OutOption = Annotated[Path, typer.Option("--out", help="The result: figures and items, JSON.")]
+OutOption = Annotated[Path, typer.Option("--out", help="The result: figures and items, JSON.", callback=on_disk)]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Texts per forward pass.")]
 
 
@@ -45,7 +46,10 @@ def hhh_command(
     out: OutOption,
     data: Annotated[
         Path | None,
-        typer.Option(help="JSON lines in the fields of HuggingFaceH4/hhh_alignment; from the hub when not given."),
+        typer.Option(
+            help="JSON lines in the fields of HuggingFaceH4/hhh_alignment; from the hub when not given.",
+            callback=on_disk,
+        ),
     ] = None,
     batch_size: BatchSize = 16,
     dtype: DtypeOption = "float32",
@@ -60,7 +64,7 @@ def truthfulqa_command(
     model: ModelOption,
     out: OutOption,
     data: Annotated[
-        Path | None, typer.Option(help="TruthfulQA's mc_task.json; from the hub when not given.")
+        Path | None, typer.Option(help="TruthfulQA's mc_task.json; from the hub when not given.", callback=on_disk)
     ] = None,
     batch_size: BatchSize = 16,
     dtype: DtypeOption = "float32",
@@ -74,7 +78,9 @@ def truthfulqa_command(
 def vicuna_command(
     model: ModelOption,
     against: Annotated[str, typer.Option(help="The other model, or a JSON-lines file of its answers.")],
-    data: Annotated[Path, typer.Option(help="Questions, JSON lines of question_id and text or turns.")],
+    data: Annotated[
+        Path, typer.Option(help="Questions, JSON lines of question_id and text or turns.", callback=on_disk)
+    ],
     judge: Annotated[str, typer.Option(help="The judge's name at the endpoint, or reward_model.")],
     out: OutOption,
     reward_model: Annotated[str | None, typer.Option(help="The reward model, with --judge reward_model.")] = None,
@@ -84,7 +90,9 @@ def vicuna_command(
     top_p: Annotated[float, typer.Option(help="Draw from the smallest set that holds this probability.")] = 1.0,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of an answer.")] = 1024,
     seed: Annotated[int, typer.Option(min=0, help="Of the answers and of the resamples.")] = 0,
-    judge_prompts: Annotated[Path | None, typer.Option(help="FastChat's judge_prompts.jsonl.")] = None,
+    judge_prompts: Annotated[
+        Path | None, typer.Option(help="FastChat's judge_prompts.jsonl.", callback=on_disk)
+    ] = None,
     judge_prompt: Annotated[str, typer.Option(help="A pairwise prompt of that file.")] = "pair-v2",
     url: Annotated[str, typer.Option(help="The endpoint's base.")] = "https://api.openai.com/v1",
     key_variable: Annotated[str, typer.Option(help="The environment variable with the key.")] = "OPENAI_API_KEY",
@@ -130,8 +138,9 @@ def vicuna_command(
     sides: list[list[Record]] = []
     with jax.set_mesh(place):
         for source, how in ((model, prompt), (against, against_prompt)):
-            if Path(source).suffix == ".jsonl" and Path(source).is_file():
-                sides.append(vicuna.read_answers(Path(source), questions))
+            path = local_path(source)
+            if path.suffix == ".jsonl" and path.is_file():
+                sides.append(vicuna.read_answers(path, questions))
             else:
                 typer.echo(f"vicuna: {source} answers {len(questions)} questions", err=True)
                 loaded: Model = load_model(locate(source), place, dtype)

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from almost_jax.commands.chat import ends
-from almost_jax.commands.places import DtypeOption, MeshOption, check_dtype, keep_compiled_programs, parse_mesh
+from almost_jax.commands.places import DtypeOption, MeshOption, check_dtype, keep_compiled_programs, on_disk, parse_mesh
 from almost_jax.config import MeshConfig, SamplingConfig
 from almost_jax.core.partitioning import make_mesh
 from almost_jax.errors import InputError
@@ -42,10 +42,16 @@ class Prompt:
 
 def generate_command(
     model: Annotated[str, typer.Option(help="A model of ours, a Hugging Face folder or hub name, or a GGUF file.")],
-    prompts: Annotated[Path, typer.Option(help='JSON lines with "prompt", and if you like "id" and "max_new_tokens".')],
-    out: Annotated[Path, typer.Option(help="JSON lines: one for each sample, in the order of the prompts.")],
+    prompts: Annotated[
+        Path,
+        typer.Option(help='JSON lines with "prompt", and if you like "id" and "max_new_tokens".', callback=on_disk),
+    ],
+    out: Annotated[
+        Path, typer.Option(help="JSON lines: one for each sample, in the order of the prompts.", callback=on_disk)
+    ],
     prefix_file: Annotated[
-        Path | None, typer.Option(help="A text before every prompt, such as a few-shot prompt; read once.")
+        Path | None,
+        typer.Option(help="A text before every prompt, such as a few-shot prompt; read once.", callback=on_disk),
     ] = None,
     n: Annotated[int, typer.Option("-n", min=1, help="Samples for each prompt.")] = 1,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = _DEFAULTS.max_new_tokens,

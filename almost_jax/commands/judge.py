@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from almost_jax.commands.places import on_disk
 from almost_jax.errors import InputError
 from almost_jax.evaluation import vicuna
 from almost_jax.evaluation.judge import Endpoint, Judge
@@ -15,10 +16,14 @@ from almost_jax.io.records import Record, read_records, write_bytes, write_recor
 
 _SHOWN = 5
 
-Questions = Annotated[Path, typer.Option(help="JSON lines of question_id and text or turns.")]
-First = Annotated[Path, typer.Option(help="Answers of the model whose wins are counted: question_id, text.")]
-Second = Annotated[Path, typer.Option(help="Answers of the model it is held against.")]
-Out = Annotated[Path, typer.Option(help="The folder for items.jsonl, summary.json and the cache of replies.")]
+Questions = Annotated[Path, typer.Option(help="JSON lines of question_id and text or turns.", callback=on_disk)]
+First = Annotated[
+    Path, typer.Option(help="Answers of the model whose wins are counted: question_id, text.", callback=on_disk)
+]
+Second = Annotated[Path, typer.Option(help="Answers of the model it is held against.", callback=on_disk)]
+Out = Annotated[
+    Path, typer.Option(help="The folder for items.jsonl, summary.json and the cache of replies.", callback=on_disk)
+]
 Samples = Annotated[int, typer.Option(min=1, help="Bootstrap resamples.")]
 Seed = Annotated[int, typer.Option(min=0, help="The seed of the resamples.")]
 
@@ -66,12 +71,15 @@ def vicuna_command(
 
 
 def reviews_command(
-    reviews: Annotated[Path, typer.Argument(help="Recorded FastChat reviews.", metavar="REVIEWS")],
-    questions: Annotated[Path | None, typer.Option(help="The questions, for rates at equal length.")] = None,
-    first: Annotated[Path | None, typer.Option(help="The first model's answers.")] = None,
-    second: Annotated[Path | None, typer.Option(help="The second model's answers.")] = None,
+    reviews: Annotated[Path, typer.Argument(help="Recorded FastChat reviews.", metavar="REVIEWS", callback=on_disk)],
+    questions: Annotated[
+        Path | None, typer.Option(help="The questions, for rates at equal length.", callback=on_disk)
+    ] = None,
+    first: Annotated[Path | None, typer.Option(help="The first model's answers.", callback=on_disk)] = None,
+    second: Annotated[Path | None, typer.Option(help="The second model's answers.", callback=on_disk)] = None,
     against: Annotated[
-        Path | None, typer.Option(help="items.jsonl of another judge, or other reviews, to compare with.")
+        Path | None,
+        typer.Option(help="items.jsonl of another judge, or other reviews, to compare with.", callback=on_disk),
     ] = None,
     samples: Samples = 1000,
     seed: Seed = 0,

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from almost_jax.config import MeshConfig
 from almost_jax.core.partitioning import MESH_AXES, make_mesh
 from almost_jax.errors import InputError
+from almost_jax.io.paths import local_path
 
 MeshOption = Annotated[
     str | None,
@@ -18,6 +19,15 @@ MeshOption = Annotated[
 ]
 DtypeOption = Annotated[str, typer.Option("--dtype", help="To compute in: float32, bfloat16 or float16.")]
 DTYPES = ("float32", "bfloat16", "float16")
+
+
+def on_disk(path: Path | None) -> Path | None:
+    """Typer's callback of every argument and option that is a path: gs://BUCKET/... becomes where BUCKET is mounted.
+
+    Raises:
+        InputError: see `local_path`.
+    """
+    return None if path is None else local_path(path)
 
 
 def check_dtype(dtype: str) -> None:

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 import almost_jax
+from almost_jax.commands.places import on_disk
 from almost_jax.config import ExperimentConfig
 from almost_jax.errors import InputError
 from almost_jax.experiments import load_experiment
@@ -29,7 +30,9 @@ _GB = 1e9
 
 
 def plan_command(
-    experiment: Annotated[Path, typer.Argument(help="The experiment's yaml file.", metavar="EXPERIMENT")],
+    experiment: Annotated[
+        Path, typer.Argument(help="The experiment's yaml file.", metavar="EXPERIMENT", callback=on_disk)
+    ],
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Values to change, as in mesh.fsdp=16.", metavar="[a.b=v]...")
     ] = None,

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import typer
 
-from almost_jax.commands.places import DtypeOption, MeshOption, check_dtype, parse_mesh
+from almost_jax.commands.places import DtypeOption, MeshOption, check_dtype, on_disk, parse_mesh
 from almost_jax.config import MeshConfig
 from almost_jax.core.partitioning import make_mesh
 from almost_jax.errors import InputError
@@ -29,8 +29,10 @@ _TOLERANCE = 1e-3
 
 def score_command(
     model: Annotated[str, typer.Option(help="A model of ours, a Hugging Face folder or hub name, or a GGUF file.")],
-    input: Annotated[Path, typer.Option(help='JSON lines with "prompt" and "completion".')],
-    out: Annotated[Path, typer.Option(help="JSON lines: the same with log-probs, and a reward model's score.")],
+    input: Annotated[Path, typer.Option(help='JSON lines with "prompt" and "completion".', callback=on_disk)],
+    out: Annotated[
+        Path, typer.Option(help="JSON lines: the same with log-probs, and a reward model's score.", callback=on_disk)
+    ],
     batch_size: Annotated[int, typer.Option(min=1, help="Texts per forward pass.")] = 8,
     dtype: DtypeOption = "float32",
     end: Annotated[

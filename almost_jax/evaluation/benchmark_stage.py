@@ -24,6 +24,7 @@ from almost_jax.evaluation.judge_prompts import SCORES
 from almost_jax.evaluation.statistics import Bootstrap
 from almost_jax.io.distributed import from_primary
 from almost_jax.io.models import Model
+from almost_jax.io.paths import local_path
 from almost_jax.io.records import Record, write_bytes
 from almost_jax.io.run import Run
 from almost_jax.stages.reward import load_reward_model
@@ -47,7 +48,7 @@ def run_stage(run: Run) -> dict[str, Any]:
     given = {name: getattr(settings, name) for name in BENCHMARKS if getattr(settings, name) is not None}
     found: dict[str, Any] = {}
     for name, section in given.items():
-        data = None if section.data is None else Path(section.data)
+        data = None if section.data is None else local_path(section.data)
         results = _static(run, BENCHMARKS[name], data, section.batch_size)
         _write(run.path(f"evaluation/{name}.json"), {"benchmark": name, "models": results})
         figure = "accuracy" if name == "hhh" else "mc1"
@@ -93,7 +94,7 @@ def _judged(
 
 
 def _vicuna(run: Run, settings: VicunaConfig) -> dict[str, Any]:
-    questions = vicuna.read_questions(Path(settings.questions))
+    questions = vicuna.read_questions(local_path(settings.questions))
     folder = run.path("evaluation/vicuna")
     bootstrap = Bootstrap(run.config.evaluation.bootstrap_samples, run.seed("benchmarks/bootstrap"))
     seed = run.seed("benchmarks/answers")
@@ -113,7 +114,7 @@ def _vicuna(run: Run, settings: VicunaConfig) -> dict[str, Any]:
     elif settings.against in POLICIES:
         raise InputError(f"evaluation.vicuna.against: the run has no {settings.against}; it has {', '.join(models)}")
     else:
-        other = vicuna.read_answers(Path(settings.against), questions)
+        other = vicuna.read_answers(local_path(settings.against), questions)
     found: dict[str, Any] = {}
     for name in models:
         if name == settings.against:

@@ -25,6 +25,7 @@ from almost_jax.io.distributed import from_primary, is_primary, wait_for_all
 from almost_jax.io.folders import check_room, whole_folder
 from almost_jax.io.gguf import GGUF, load_gguf_tokenizer, open_gguf
 from almost_jax.io.huggingface import open_llama
+from almost_jax.io.paths import local_path
 from almost_jax.io.tokenizer import Tokenizer, load_tokenizer
 from almost_jax.io.weights import Source, check_source, common_dtype, read_params
 
@@ -151,7 +152,7 @@ def _find(source: str) -> Path:
         if name not in known:
             raise InputError(f"model {source!r}: the micro-world ships {', '.join(known) or 'no weights'}")
         return weights / name
-    path = Path(source).expanduser()
+    path = local_path(source).expanduser()
     if path.is_file() and path.suffix in PICKLES:
         raise InputError(
             f"model {source!r}: a pickle can run any code when it is read and is refused; save safetensors"

@@ -23,6 +23,7 @@ from almost_jax.errors import InputError
 from almost_jax.io.folders import whole_folder
 from almost_jax.io.huggingface import save_llama
 from almost_jax.io.models import MICROWORLD, Model, read_model, save_model
+from almost_jax.io.paths import local_path
 from almost_jax.io.tokenizer import Tokenizer
 from almost_jax.io.weights import DTYPES
 
@@ -100,7 +101,8 @@ def export_model(
     """
     _refuse_existing(destination)
     _check_dtype(dtype)
-    model = read_model(locate(source), host_mesh(), None)
+    found = locate(source)
+    model = read_model(found, host_mesh(), None)
     reward = model.kind == "reward"
     if model.config.hidden_size % model.config.num_heads:
         raise InputError(
@@ -116,7 +118,7 @@ def export_model(
     with whole_folder(destination, count * jnp.dtype(dtype).itemsize) as folder:
         save_llama(folder, config, params, dtype, tokenizer, extra, shard_bytes)
         if not reward:
-            (folder / GENERATION).write_bytes(_generation_config(source, tokenizer))
+            (folder / GENERATION).write_bytes(_generation_config(found, tokenizer))
         difference = _check(folder, config, params, dtype, tokenizer)
         written = Export(count, dtype, difference)
         (folder / "README.md").write_text(_card(model, destination.name, written, facts), encoding="utf-8")
@@ -132,9 +134,14 @@ def locate(source: str) -> str:
     """Where a model lies on this machine; one that is named on the hub is fetched, or found where it was fetched to.
 
     Raises:
-        InputError: the hub doesn't have it, or can't be reached.
+        InputError: the hub doesn't have it, or can't be reached; a bucket isn't mounted.
     """
-    if source.startswith(MICROWORLD) or Path(source).expanduser().exists():
+    if source.startswith(MICROWORLD):
+        return source
+    path = local_path(source)
+    if path != Path(source):
+        return str(path)
+    if path.expanduser().exists():
         return source
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source) is None:
         return source

@@ -6,6 +6,7 @@ from pathlib import Path
 from almost_jax.core.llama import LlamaConfig, RopeConfig
 from almost_jax.errors import InputError
 from almost_jax.io.hf_config import parse_config
+from almost_jax.io.paths import local_path
 
 _WEIGHTS = Path(__file__).resolve().parents[1] / "microworld" / "weights"
 
@@ -46,7 +47,7 @@ def model_shape(key: str, source: str) -> LlamaConfig:
     """
     if source in HUB:
         return HUB[source]
-    folder = _WEIGHTS / source.removeprefix("microworld:") if source.startswith("microworld:") else Path(source)
+    folder = _WEIGHTS / source.removeprefix("microworld:") if source.startswith("microworld:") else local_path(source)
     path = folder / "config.json"
     if not path.is_file():
         raise InputError(

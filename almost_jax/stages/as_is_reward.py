@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from almost_jax.errors import InputError
+from almost_jax.io.paths import local_path
 from almost_jax.io.records import read_records
 from almost_jax.io.run import Run
 from almost_jax.microworld import community
@@ -31,7 +32,7 @@ def run_stage(run: Run) -> dict[str, Any]:
         records = hub_votes(config.votes, config.pairs, run.seed("as_is_reward/votes"))
         pairs = [vote_pair(record, f"{config.votes}: pair {place}") for place, record in enumerate(records, start=1)]
     else:
-        pairs = load_votes(Path(config.votes))[: config.pairs]
+        pairs = load_votes(local_path(config.votes))[: config.pairs]
     return train_reward_model(
         run,
         "as_is_reward",

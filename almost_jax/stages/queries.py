@@ -1,10 +1,10 @@
 """Stage 0: the queries, from the micro-world, from a file, or by Self-Instruct."""
 
 import hashlib
-from pathlib import Path
 from typing import Any
 
 from almost_jax.errors import InputError
+from almost_jax.io.paths import local_path
 from almost_jax.io.records import read_records, write_records
 from almost_jax.io.run import Run
 from almost_jax.microworld.world import generate_queries
@@ -63,7 +63,7 @@ def from_file(file: str | None, count: int) -> tuple[list[dict[str, Any]], int]:
     """
     if file is None:
         raise InputError("queries.file: must name a jsonl file when queries.source is file")
-    path = Path(file)
+    path = local_path(file)
     found: dict[str, dict[str, Any]] = {}
     duplicates = 0
     for number, record in enumerate(read_records(path), start=1):

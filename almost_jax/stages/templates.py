@@ -15,6 +15,7 @@ import yaml
 
 from almost_jax.config import PromptedModel
 from almost_jax.errors import InputError
+from almost_jax.io.paths import local_path
 
 Role: TypeAlias = Literal["human", "assistant"]
 
@@ -170,7 +171,7 @@ def prompt_file(name: str) -> Path:
     if name.startswith("microworld:"):
         folder, stem = _MICROWORLD, name.removeprefix("microworld:")
     elif name.endswith((".yaml", ".yml", ".jsonl", ".txt")) or "/" in name:
-        path = Path(name)
+        path = local_path(name)
         if not path.is_file():
             raise InputError(f"{name}: there is no such file")
         return path

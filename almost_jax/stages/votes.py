@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 from typing import Any
 
 from almost_jax.errors import InputError
+from almost_jax.io.paths import local_path
 
 HUB = "hub:"
 _BLOCKS = frozenset(("p", "pre", "blockquote", "ul", "ol", "h1", "h2", "h3", "h4", "hr", "table"))
@@ -26,7 +27,7 @@ def hub_votes(votes: str, count: int, seed: int) -> list[dict[str, Any]]:
     """The first `count` pairs of a data set, shuffled by `seed` within a window, through the `datasets` library.
 
     Args:
-        votes: `hub:OWNER/NAME`, with `/FOLDER` behind it for a part of the data set, or `hub:` and a local folder.
+        votes: `hub:OWNER/NAME`, with `/FOLDER` behind it for a part of the data set, or `hub:` and a folder.
         count: the most pairs to take; read as a stream, so no more than these are fetched.
         seed: of the shuffling.
 
@@ -40,7 +41,7 @@ def hub_votes(votes: str, count: int, seed: int) -> list[dict[str, Any]]:
 
     name = votes.removeprefix(HUB)
     owner_and_name = re.match(r"[^/.][^/]*/[^/]+", name)
-    place, folder = name, None
+    place, folder = str(local_path(name)) if name.startswith("gs://") else name, None
     if owner_and_name is not None:
         place, folder = owner_and_name[0], name[owner_and_name.end() + 1 :] or None
     try:

@@ -1,5 +1,6 @@
 """launch/tpu.sh against a gcloud that plays a TPU of two hosts: what it calls, and that the calls do their work."""
 
+import getpass
 import json
 import os
 import shlex
@@ -12,11 +13,14 @@ from pathlib import Path
 
 import pytest
 
+from almost_jax.io import paths
+
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
 PLACE = ["--zone", "us-west4-a", "--project", "lab"]
 TYPE = ["--type", "v5litepod-16", "--spot"]
 BUCKET = ["--bucket", "gs://shelf/pod"]
+MOUNT = ["--mount", "gs://shelf"]
 COUNT = "echo it says 'good day' by $(command -v python); echo $(($(cat runs/count 2>/dev/null) + 1)) > runs/count"
 COMMAND = ["--", "bash", "-c", COUNT]
 
@@ -33,6 +37,8 @@ class Cloud:
         # What set-up does with the real one takes minutes and the network.
         made = 'mkdir -p "${!#}/bin" && touch "${!#}/bin/python" && chmod +x "${!#}/bin/python"'
         self.tool("python3", f'echo "$@" >> {folder}/python3; [[ $3 != venv ]] || {{ {made}; }}')
+        for name in ("sudo", "gcsfuse", "lsb_release"):
+            self.tool(name, f'echo "$FAKE_HOST {name} $*" >> {folder}/host_calls')
         self.environment = {
             **os.environ,
             "PATH": f"{self.bin}:{os.environ['PATH']}",
@@ -60,6 +66,11 @@ class Cloud:
         lines = path.read_text().splitlines() if path.exists() else []
         path.unlink(missing_ok=True)
         return [entry["call"] for entry in map(json.loads, lines) if entry["host"] is None]
+
+    def host_calls(self) -> list[str]:
+        """The calls of tools that hosts made, each behind the host's number."""
+        path = self.folder / "host_calls"
+        return path.read_text().splitlines() if path.exists() else []
 
     def host(self, number: int) -> Path:
         return self.folder / "hosts" / str(number) / "almost_jax"
@@ -222,10 +233,11 @@ VERBS = {
     "create": (None, ["create", "pod", *PLACE, *TYPE]),
     "setup": ("ready", ["setup", "pod", *PLACE]),
     "run": ("ready", ["run", "pod", *PLACE, *BUCKET, *COMMAND]),
+    "setup with a bucket": ("ready", ["setup", "pod", *PLACE, *MOUNT]),
     "logs": ("ready", ["logs", "pod", *PLACE]),
     "fetch": ("ready", ["fetch", "pod", *PLACE]),
     "delete": ("ready", ["delete", "pod", *PLACE]),
-    "resume": ("SUSPENDED", ["resume", "pod", *PLACE, *TYPE, *BUCKET, *COMMAND]),
+    "resume": ("SUSPENDED", ["resume", "pod", *PLACE, *TYPE, *BUCKET, *MOUNT, *COMMAND]),
 }
 
 
@@ -297,6 +309,8 @@ def test_a_failing_call_is_the_last_one(cloud: Cloud, tmp_path: Path, verb: str)
         (["run", "pod", "--zone", "z"], "run needs a command"),
         (["run", "pod", "--zone", "z", "--bucket", "gs://all", "--", "true"], "--bucket 'gs://all'"),
         (["setup", "pod", "--zone", "z", "--", "true"], "setup takes no command"),
+        (["setup", "pod", "--zone", "z", "--mount", "shelf"], "--mount 'shelf' should be gs://BUCKET"),
+        (["setup", "pod", "--zone", "z", "--mount", "gs://shelf/pod"], "--mount 'gs://shelf/pod' should be gs://BUCK"),
         (["logs", "pod", "--zone", "z", "--worker", "all"], "--worker 'all'"),
     ],
 )
@@ -310,12 +324,11 @@ def test_bad_input_is_one_line_and_exit_2(cloud: Cloud, arguments: list[str], wh
 
 def test_hosts_share_their_runs_by_a_mount(cloud: Cloud) -> None:
     cloud.done("create", "pod", *PLACE, *TYPE)
-    cloud.tool("sudo", f'echo "$FAKE_HOST $*" >> {cloud.folder}/sudo')
     cloud.tool("mount.nfs", "exit 1")
     cloud.done("setup", "pod", *PLACE, "--share", "10.0.0.2:/runs")
-    calls = (cloud.folder / "sudo").read_text().splitlines()
+    calls = cloud.host_calls()
     for host in range(2):
-        mounted = f"{host} mount -t nfs -o hard,nofail 10.0.0.2:/runs {cloud.host(host)}/runs"
+        mounted = f"{host} sudo mount -t nfs -o hard,nofail 10.0.0.2:/runs {cloud.host(host)}/runs"
         assert mounted in calls, calls
     assert (cloud.host(1) / "ready").exists()
 
@@ -330,3 +343,64 @@ def test_hosts_share_their_runs_by_a_mount(cloud: Cloud) -> None:
 def test_a_share_that_cannot_be_is_refused(cloud: Cloud, options: list[str], message: str) -> None:
     finished = cloud.run("setup", "pod", *PLACE, *options)
     assert finished.returncode == 2 and message in finished.stderr and cloud.calls() == []
+
+
+# What mounts a bucket where the paths gs://shelf/... are looked for.
+GCSFUSE = f"gcsfuse {' '.join(paths.OPTIONS)} shelf {paths.DEFAULT}/shelf"
+
+
+def test_hosts_mount_a_bucket_where_gs_paths_are_looked_for(cloud: Cloud) -> None:
+    cloud.done("create", "pod", *PLACE, *TYPE)
+    cloud.done("setup", "pod", *PLACE, *MOUNT)
+    for host in ("0", "1"):
+        mine = [call.split(maxsplit=1)[1] for call in cloud.host_calls() if call.startswith(host)]
+        assert mine == [f"sudo install -d -o {getpass.getuser()} /gcs/shelf", GCSFUSE]
+    assert GCSFUSE in paths.mount_command("shelf", Path("/gcs/shelf"))
+    (cloud.folder / "host_calls").unlink()
+    cloud.tool("mountpoint", "exit 0")
+    cloud.done("setup", "pod", *PLACE, *MOUNT)
+    assert cloud.host_calls() == []
+
+
+def test_gcsfuse_comes_from_googles_repository_where_it_is_missing(cloud: Cloud) -> None:
+    (cloud.bin / "gcsfuse").unlink()
+    log = f"{cloud.folder}/host_calls"
+    # Installing makes the tool; the source of packages is written to its file through tee.
+    installed = f"printf '#!/bin/sh\\necho $FAKE_HOST gcsfuse \"$*\" >> {log}\\n' > {cloud.bin}/gcsfuse"
+    cloud.tool(
+        "sudo",
+        f'echo "$FAKE_HOST sudo $*" >> {log}; [[ $1 != tee ]] || {{ read -r line; echo "$line" >> {log}; }}\n'
+        f'[[ $* != *" gcsfuse" ]] || {{ {installed}; chmod +x {cloud.bin}/gcsfuse; }}',
+    )
+    cloud.tool("lsb_release", "echo jammy")
+    cloud.done("create", "pod", *PLACE, *TYPE)
+    cloud.done("setup", "pod", *PLACE, *MOUNT)
+    key, source = "/usr/share/keyrings/cloud.google.asc", "https://packages.cloud.google.com/apt"
+    assert cloud.host_calls()[:7] == [
+        f"0 sudo curl --fail --silent --show-error --location --output {key} {source}/doc/apt-key.gpg",
+        "0 sudo tee /etc/apt/sources.list.d/gcsfuse.list",
+        f"deb [signed-by={key}] {source} gcsfuse-jammy main",
+        "0 sudo apt-get update --quiet",
+        "0 sudo apt-get install --yes --quiet -o DPkg::Lock::Timeout=300 gcsfuse",
+        f"0 sudo install -d -o {getpass.getuser()} /gcs/shelf",
+        f"0 {GCSFUSE}",
+    ]
+
+
+def test_a_dry_run_shows_the_call_of_gcsfuse_and_what_hosts_do_before_it(cloud: Cloud) -> None:
+    output = cloud.done("setup", "pod", *PLACE, *MOUNT, "--dry-run")
+    *_, sent, mounted = printed(output)
+    assert f"--command=bash almost_jax/source/launch/host.sh mount_bucket {GCSFUSE}" in mounted and "setup" in sent[-1]
+    shown = [line.removeprefix("#   ") for line in output.splitlines() if line.startswith("#   ")]
+    assert "mount_bucket() {" in shown and any("apt-get install" in line for line in shown)
+    assert set(shown) < set((LAUNCH / "host.sh").read_text().splitlines())
+    assert cloud.calls() == [] and cloud.host_calls() == []
+
+
+def test_resume_mounts_again_what_a_host_has_lost(cloud: Cloud) -> None:
+    cloud.done("create", "pod", *PLACE, *TYPE)
+    cloud.done("setup", "pod", *PLACE, *MOUNT)
+    (cloud.folder / "host_calls").unlink()
+    cloud.done("resume", "pod", *PLACE, *TYPE, *MOUNT, *COMMAND)
+    assert [f"{host} {GCSFUSE}" for host in (0, 1)] == [call for call in cloud.host_calls() if "sudo" not in call]
+    assert "good day" in cloud.done("logs", "pod", *PLACE)
