@@ -3,7 +3,7 @@
 An item is one scored response of a held-out query:
 {"query_id", "query", "kind", "system", "sample", "text", "finish", "gold", "reward", "as_is", "kl"}; a score that
 wasn't taken is None. Systems are named `configuration/A`, `best_of_n`, `policy/sft`, `curve/20` (the RLSF policy after
-20 steps).
+20 steps), `over_optimised/20` (the same with too weak a KL penalty).
 """
 
 import itertools

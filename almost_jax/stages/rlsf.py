@@ -165,9 +165,11 @@ def run_over_optimised(run: Run) -> dict[str, Any]:
     settings = run.config.over_optimisation
     if settings is None:
         return {"over_optimisation": "off"}
-    # What the penalty would have held back is measured all the same.
-    changed = {**settings.model_dump(), "kl_controller": "fixed", "keep_reference": True}
-    config = run.config.model_copy(update={"ppo": run.config.ppo.model_copy(update=changed)})
+    ppo = run.config.ppo
+    # To go astray is what this run is for: what the penalty would have held back is measured, and stops nothing.
+    guards = ppo.guards.model_copy(update={"kl": "off", "entropy": "off"})
+    changed = {**settings.model_dump(), "kl_controller": "fixed", "keep_reference": True, "guards": guards}
+    config = run.config.model_copy(update={"ppo": ppo.model_copy(update=changed)})
     return run_stage(dataclasses.replace(run, config=config), "over_optimisation")
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from almost_jax.config import MeshConfig, OverOptimisationConfig, PpoConfig
+from almost_jax.config import MeshConfig, OverOptimisationConfig, PpoConfig, PpoGuardsConfig
 from almost_jax.core.heads import add_head, sequence_scores
 from almost_jax.core.llama import LlamaConfig, RopeConfig, init_params
 from almost_jax.core.losses import length_mask
@@ -263,6 +263,11 @@ def test_over_optimisation_is_ppo_with_another_penalty(make_ppo: Callable[..., R
     run = make_ppo(tmp_path)
     assert rlsf.run_over_optimised(run) == {"over_optimisation": "off"} and not run.path("over_optimisation").exists()
     weak = OverOptimisationConfig(kl_coef=0.0, steps=2, sample_every=1)
+    guarded = run.config.ppo.model_copy(update={"guards": PpoGuardsConfig(max_kl=1e-9, min_entropy=1e9)})
+    config = run.config.model_copy(update={"over_optimisation": weak, "ppo": guarded})
+    straying = dataclasses.replace(run, config=config, directory=tmp_path / "straying")
+    shutil.copytree(tmp_path, straying.directory, ignore=shutil.ignore_patterns("straying"))
+    assert rlsf.run_over_optimised(straying)["steps"] == 2, "guards against straying don't stop it"
     run = dataclasses.replace(run, config=run.config.model_copy(update={"over_optimisation": weak}))
     assert rlsf.run_over_optimised(run)["steps"] == 2
     assert not run.path("rlsf").exists(), "it has a folder of its own"
