@@ -138,6 +138,7 @@ def rope_frequencies(rope: RopeConfig, head_dim: int) -> Array:
     return frequencies
 
 
+@functools.lru_cache(maxsize=32)
 def rotary_table(rope: RopeConfig, head_dim: int, length: int) -> tuple[np.ndarray, np.ndarray]:
     """Cosines and sines [T, H / 2] float32 of positions 0..T-1, as constants of a program.
 

@@ -118,7 +118,7 @@ def warnings(
         )
     if trains and config.mesh.explicit and config.mesh.gradient_dtype == "bfloat16":
         found.append("gradients are summed over chips in bfloat16 (mesh.gradient_dtype)")
-    if program.cache and moved["all-gather"].bytes > program.parameters:
+    if program.cache and config.mesh.sampling is None and moved["all-gather"].bytes > program.parameters:
         found.append(
             f"{moved['all-gather'].bytes / 1e9:.1f} GB are gathered for each call, weights mostly: to sample, give "
             "mesh.sampling"

@@ -34,6 +34,7 @@ from almost_jax.stages.dialogues import training_tokens
 from almost_jax.stages.execution import placed_for_training, training_shape, training_spread
 from almost_jax.stages.reward import Pair, comparison_pair, split_pairs
 from almost_jax.stages.sft import Example
+from almost_jax.stages.templates import Turn
 from almost_jax.stages.training import count_steps, fit, fixed_length, fresh_state, place_batch, shardings_of
 
 NAME = "dpo"
@@ -133,8 +134,8 @@ def load_pairs(run: Run, tokenizer: Tokenizer) -> tuple[list[Pair], dict[str, Ex
         for text, response in ((pair.chosen, record["chosen"]["text"]), (pair.rejected, record["rejected"]["text"])):
             if text not in rows:
                 asked = queries[record["query_id"]]
-                turns = [{"role": "human", "text": asked}, {"role": "assistant", "text": response}]
-                rows[text] = training_tokens(tokenizer, turns)  # type: ignore[arg-type]
+                turns: list[Turn] = [{"role": "human", "text": asked}, {"role": "assistant", "text": response}]
+                rows[text] = training_tokens(tokenizer, turns)
     return pairs, rows
 
 
