@@ -43,7 +43,7 @@ def _eight_devices() -> None:
 @pytest.fixture(scope="module", autouse=True)
 def _programs_let_go() -> Iterator[None]:
     """Compiled programs are dropped after each file: a worker that keeps them all holds gigabytes, and, with the pieces
-    of memory that each of them maps, reaches Linux's limit of 65,530, where the compiler dies.
+    of memory that each of them maps, comes near the 65,530 that Linux allows a process.
     """
     yield
     for kept in vars(programs).values():
