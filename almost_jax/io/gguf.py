@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from almost_jax.core.llama import LlamaConfig, RopeConfig, rope_frequencies
+from almost_jax.core.llama import LlamaConfig
+from almost_jax.core.rotary import RopeConfig, rope_frequencies
 from almost_jax.errors import InputError
 from almost_jax.io.gguf_tokenizer import build_tokenizer
 from almost_jax.io.tokenizer import Tokenizer

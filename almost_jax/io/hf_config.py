@@ -5,7 +5,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from almost_jax.core.llama import LlamaConfig, RopeConfig
+from almost_jax.core.llama import LlamaConfig
+from almost_jax.core.rotary import RopeConfig
 from almost_jax.errors import InputError
 
 CAUSAL, CLASSIFIER = "LlamaForCausalLM", "LlamaForSequenceClassification"

@@ -17,8 +17,9 @@ from jax.sharding import Mesh
 
 import almost_jax
 from almost_jax.core.heads import HEAD, head_axes
-from almost_jax.core.llama import LlamaConfig, Params, RopeConfig, abstract_params, logical_axes
+from almost_jax.core.llama import LlamaConfig, Params, abstract_params, logical_axes
 from almost_jax.core.partitioning import shardings
+from almost_jax.core.rotary import RopeConfig
 from almost_jax.errors import InputError
 from almost_jax.io.checkpoints import find_damage, restore_tree, save_tree, seal
 from almost_jax.io.distributed import from_primary, is_primary, wait_for_all

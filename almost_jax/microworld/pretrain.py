@@ -10,15 +10,8 @@ import numpy as np
 from jax import Array
 
 from almost_jax.config import OptimizerConfig
-from almost_jax.core.llama import (
-    LlamaConfig,
-    Params,
-    RopeConfig,
-    hidden_states,
-    init_params,
-    logits,
-    unstack_layers,
-)
+from almost_jax.core.llama import LlamaConfig, Params, hidden_states, init_params, logits, unstack_layers
+from almost_jax.core.rotary import RopeConfig
 from almost_jax.core.train import Batch, init_state, make_optimizer, make_train_step
 from almost_jax.microworld.answers import transcript, vocabulary
 from almost_jax.microworld.world import KINDS

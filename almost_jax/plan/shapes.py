@@ -3,7 +3,8 @@
 import json
 from pathlib import Path
 
-from almost_jax.core.llama import LlamaConfig, RopeConfig
+from almost_jax.core.llama import LlamaConfig
+from almost_jax.core.rotary import RopeConfig
 from almost_jax.errors import InputError
 from almost_jax.io.hf_config import parse_config
 from almost_jax.io.paths import local_path

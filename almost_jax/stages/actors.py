@@ -85,8 +85,8 @@ def training_players(players: Players, settings: MeshConfig, mesh: jax.sharding.
     )
 
 
-def load_prompts(run: Run, model: Model, max_length: int) -> Prompts:
-    """The demonstrations' queries as prompts of one padded length; longer ones are dropped and counted.
+def load_prompts(run: Run, model: Model, max_length: int, name: str) -> Prompts:
+    """The demonstrations' queries as prompts of one padded length; longer ones are dropped, and counted as `name` says.
 
     Raises:
         InputError: none fits.
@@ -97,7 +97,7 @@ def load_prompts(run: Run, model: Model, max_length: int) -> Prompts:
     fitting = [(text, row) for text, row in zip(texts, rows, strict=True) if len(row) <= max_length]
     if not fitting:
         raise InputError(f"ppo.max_prompt_length: none of {len(texts)} queries fits into {max_length} tokens")
-    run.say(f"rlsf: {len(fitting)} queries, {len(texts) - len(fitting)} too long")
+    run.say(f"{name}: {len(fitting)} queries, {len(texts) - len(fitting)} too long")
     width = fixed_length(max(len(row) for _, row in fitting))
     tokens, lengths = pad([row for _, row in fitting], width, model.tokenizer.pad_id)
     return Prompts([text for text, _ in fitting], tokens, lengths)

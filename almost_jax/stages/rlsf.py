@@ -93,7 +93,7 @@ def run_stage(run: Run, name: str = NAME) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(run.mesh))
         actors = load_actors(run)
-        prompts = load_prompts(run, actors.sft, ppo.max_prompt_length)
+        prompts = load_prompts(run, actors.sft, ppo.max_prompt_length, name)
         check_positions(actors, prompts.tokens.shape[1])
         policy_optimizer, critic_optimizer = make_optimizers(ppo)
         state = start_state(run, actors, policy_optimizer, critic_optimizer)

@@ -16,7 +16,8 @@ from tokenizers import models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from almost_jax import cli
-from almost_jax.core.llama import LlamaConfig, RopeConfig, abstract_params
+from almost_jax.core.llama import LlamaConfig, abstract_params
+from almost_jax.core.rotary import RopeConfig
 from almost_jax.folder import NEEDED, write_status
 from almost_jax.io import folders, transfer
 from almost_jax.io.huggingface import load_llama, save_llama

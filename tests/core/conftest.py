@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from almost_jax.core.llama import LlamaConfig, Params, RopeConfig, init_params
+from almost_jax.core.llama import LlamaConfig, Params, init_params
+from almost_jax.core.rotary import RopeConfig
 
 
 @pytest.fixture

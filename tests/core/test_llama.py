@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from almost_jax.core import llama
-from almost_jax.core.llama import LlamaConfig, Params, RMSNorm, RopeConfig
+from almost_jax.core import llama, rotary
+from almost_jax.core.llama import LlamaConfig, Params, RMSNorm
+from almost_jax.core.rotary import RopeConfig
 
 MakeParams = Callable[[LlamaConfig, int], Params]
 ROPES = {
@@ -113,11 +114,11 @@ def test_01_logits_equal_a_numpy_oracle(
 @pytest.mark.parametrize("rope", ROPES.values(), ids=ROPES)
 @pytest.mark.parametrize("head_dim", [8, 64])
 def test_rotary_frequencies_and_rotation_equal_the_oracle(rope: RopeConfig, head_dim: int) -> None:
-    found = np.asarray(llama.rope_frequencies(rope, head_dim))
+    found = np.asarray(rotary.rope_frequencies(rope, head_dim))
     np.testing.assert_allclose(found, oracle_frequencies(rope, head_dim), rtol=2e-6)
     x = np.random.default_rng(0).normal(size=(5, 3, head_dim)).astype(np.float32)
     positions = np.array([0, 1, 5, 90, 91])
-    rotated = llama.rotate(jnp.asarray(x)[None], jnp.asarray(positions, jnp.int32)[None], rope)[0]
+    rotated = rotary.rotate(jnp.asarray(x)[None], jnp.asarray(positions, jnp.int32)[None], rope)[0]
     np.testing.assert_allclose(np.asarray(rotated), oracle_rotate(x, positions, rope), atol=1e-4)
 
 
@@ -301,13 +302,13 @@ def test_unstacking_has_the_gradient_of_its_slices(tiny: LlamaConfig, make_param
 
 
 def test_a_table_of_rotations_rotates_as_positions_do() -> None:
-    rope = llama.RopeConfig(theta=1234.0, kind="linear", factor=3.0)
+    rope = rotary.RopeConfig(theta=1234.0, kind="linear", factor=3.0)
     x = jax.random.normal(jax.random.key(0), (2, 9, 3, 10))
     positions = jnp.asarray([[0, 1, 2, 3, 0, 1, 2, 3, 4], [8, 7, 6, 5, 4, 3, 2, 1, 0]], jnp.int32)
-    cos, sin = (jnp.asarray(part) for part in llama.rotary_table(rope, 10, 9))
-    found = llama.rotate(x, (cos[positions], sin[positions]), rope)
-    np.testing.assert_allclose(found, llama.rotate(x, positions, rope), atol=1e-6)
-    plain = llama.rotate(x, (cos[None], sin[None]), rope)
+    cos, sin = (jnp.asarray(part) for part in rotary.rotary_table(rope, 10, 9))
+    found = rotary.rotate(x, (cos[positions], sin[positions]), rope)
+    np.testing.assert_allclose(found, rotary.rotate(x, positions, rope), atol=1e-6)
+    plain = rotary.rotate(x, (cos[None], sin[None]), rope)
     counted = jnp.broadcast_to(jnp.arange(9)[None], (2, 9))
-    np.testing.assert_allclose(plain, llama.rotate(x, counted, rope), atol=1e-6)
+    np.testing.assert_allclose(plain, rotary.rotate(x, counted, rope), atol=1e-6)
     assert float(jnp.abs(plain - found).max()) > 0.1

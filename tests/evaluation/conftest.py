@@ -15,8 +15,9 @@ from transformers import PreTrainedTokenizerFast
 
 from almost_jax.config import ExperimentConfig, MeshConfig
 from almost_jax.core.heads import add_head
-from almost_jax.core.llama import LlamaConfig, RopeConfig, init_params
+from almost_jax.core.llama import LlamaConfig, init_params
 from almost_jax.core.partitioning import make_mesh
+from almost_jax.core.rotary import RopeConfig
 from almost_jax.evaluation.stage import run_stage
 from almost_jax.io.huggingface import save_llama
 from almost_jax.io.models import Model, load_model, save_model

@@ -12,8 +12,9 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from almost_jax.config import MeshConfig
-from almost_jax.core.llama import LlamaConfig, RopeConfig, abstract_params, rope_frequencies
+from almost_jax.core.llama import LlamaConfig, abstract_params
 from almost_jax.core.partitioning import make_mesh
+from almost_jax.core.rotary import RopeConfig, rope_frequencies
 from almost_jax.errors import InputError
 from almost_jax.io.gguf import load_gguf_tokenizer, open_gguf
 from almost_jax.io.models import load_model

@@ -14,8 +14,9 @@ from safetensors.numpy import load_file, save_file
 
 from almost_jax.config import MeshConfig
 from almost_jax.core.heads import add_head, head_axes
-from almost_jax.core.llama import LlamaConfig, RopeConfig, abstract_params, logical_axes, unstack_layers
+from almost_jax.core.llama import LlamaConfig, abstract_params, logical_axes, unstack_layers
 from almost_jax.core.partitioning import make_mesh, shardings
+from almost_jax.core.rotary import RopeConfig
 from almost_jax.errors import InputError
 from almost_jax.io.hf_config import parse_config, render_config
 from almost_jax.io.huggingface import load_llama, open_llama, save_llama

@@ -20,8 +20,9 @@ from tokenizers import models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from almost_jax.config import MeshConfig
-from almost_jax.core.llama import LlamaConfig, RopeConfig, abstract_params
+from almost_jax.core.llama import LlamaConfig, abstract_params
 from almost_jax.core.partitioning import make_mesh
+from almost_jax.core.rotary import RopeConfig
 from almost_jax.errors import InputError
 from almost_jax.io.huggingface import save_llama
 from almost_jax.io.models import Model, load_model, save_model

@@ -13,7 +13,8 @@ from jax.nn import log_softmax
 from safetensors.numpy import load_file
 
 from almost_jax.core.heads import sequence_scores
-from almost_jax.core.llama import LlamaConfig, RopeConfig, hidden_states, logits
+from almost_jax.core.llama import LlamaConfig, hidden_states, logits
+from almost_jax.core.rotary import RopeConfig
 from almost_jax.io.huggingface import load_llama, save_llama
 
 GOLDEN = Path(__file__).parent / "golden"

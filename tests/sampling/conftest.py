@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from almost_jax.core.llama import LlamaConfig, Params, RopeConfig, hidden_states, init_params, logits
+from almost_jax.core.llama import LlamaConfig, Params, hidden_states, init_params, logits
+from almost_jax.core.rotary import RopeConfig
 
 MakeParams = Callable[[LlamaConfig, int], Params]
 FullLogits = Callable[[Params, LlamaConfig, Sequence[int]], np.ndarray]

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from almost_jax.core.llama import LlamaConfig, RopeConfig, hidden_states, init_params, logits
+from almost_jax.core.llama import LlamaConfig, hidden_states, init_params, logits
+from almost_jax.core.rotary import RopeConfig
 from almost_jax.sampling import likelihood
 from almost_jax.sampling.likelihood import continuation_likelihoods
 

@@ -16,8 +16,9 @@ import pytest
 
 from almost_jax.config import MeshConfig, OverOptimisationConfig, PpoConfig, PpoGuardsConfig
 from almost_jax.core.heads import add_head, sequence_scores
-from almost_jax.core.llama import LlamaConfig, RopeConfig, init_params
+from almost_jax.core.llama import LlamaConfig, init_params
 from almost_jax.core.losses import length_mask
+from almost_jax.core.rotary import RopeConfig
 from almost_jax.errors import InputError, TrainingDiverged
 from almost_jax.io.checkpoints import Checkpoints
 from almost_jax.io.models import load_model, save_model
