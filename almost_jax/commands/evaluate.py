@@ -20,7 +20,7 @@ from almost_jax.evaluation.judge_prompts import SCORES, read_prompt
 from almost_jax.evaluation.statistics import Bootstrap
 from almost_jax.io.models import Model, load_model
 from almost_jax.io.paths import local_path
-from almost_jax.io.records import Record
+from almost_jax.io.records import Record, check_writable
 from almost_jax.io.transfer import locate
 
 REWARD_MODEL = "reward_model"
@@ -110,6 +110,7 @@ def vicuna_command(
 ) -> None:
     """Two models' answers before a judge, in both orders: win rates with intervals, at equal length too, and flips."""
     check_dtype(dtype)
+    check_writable(out)
     questions = vicuna.read_questions(data)
     if (judge == REWARD_MODEL) != (reward_model is not None):
         raise InputError("--judge reward_model and --reward-model MODEL belong together; give both or neither")
@@ -171,6 +172,7 @@ def _evaluate(
     name: str, model: str, data: Path | None, out: Path, batch_size: int, dtype: str, mesh: str | None
 ) -> None:
     check_dtype(dtype)
+    check_writable(out)
     benchmark = BENCHMARKS[name]
     questions = benchmark.load(data)
     place = make_mesh(MeshConfig()) if mesh is None else parse_mesh(mesh)

@@ -12,7 +12,7 @@ from almost_jax.errors import InputError
 from almost_jax.evaluation import vicuna
 from almost_jax.evaluation.judge import Endpoint, Judge
 from almost_jax.evaluation.statistics import Bootstrap
-from almost_jax.io.records import Record, read_records, write_bytes, write_records
+from almost_jax.io.records import Record, check_writable, read_records, write_bytes, write_records
 
 _SHOWN = 5
 
@@ -59,6 +59,8 @@ def vicuna_command(
         max_requests=max_requests,
         max_tokens=max_tokens,
     )
+    for name in ("items.jsonl", "summary.json"):
+        check_writable(out / name)
     judge = Judge(endpoint, out / "replies")
     items = vicuna.judge_pairs(vicuna.read_pairs(questions, first, second), judge)
     write_records(out / "items.jsonl", items)

@@ -6,9 +6,12 @@ and are refused. Lines end at a line feed alone: U+2028 and its like may stand i
 Where several processes share a run, process 0 alone writes, and all read from the file system that they share.
 """
 
+import contextlib
+import errno
 import itertools
 import json
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +21,12 @@ from almost_jax.errors import InputError
 from almost_jax.io.distributed import from_primary, is_primary, wait_for_all
 
 Record: TypeAlias = dict[str, Any]
+
+# What a place that can't be written to answers. A full disk or quota is another matter: it stays an OSError.
+_NO_PLACE = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT),
+    *(errno.ENAMETOOLONG, errno.ELOOP),
+)
 
 
 def dump_record(record: Record) -> bytes:
@@ -93,17 +102,69 @@ def write_records(path: Path, records: Iterable[Record]) -> None:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Replace a file's content atomically: a temporary file beside it, synced, then renamed."""
+    """Replace a file's content atomically: a temporary file beside it, synced, then renamed.
+
+    Raises:
+        InputError: nothing can be written there; see `check_writable`.
+    """
     if not is_primary():
         return
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    _check_name(path)
+    with _place_refused(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.tmp")
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+
+
+def check_writable(path: Path) -> None:
+    """See that a file can be written at `path`, before anything is computed for it; nothing is left there.
+
+    Folders above it need not exist. A file that is there may be replaced.
+
+    Raises:
+        InputError: it is a folder or a device, has no name, lies below a file, or its folder refuses to be written to.
+    """
+    path = Path(path)
+
+    def look() -> None:
+        _check_name(path)
+        folder = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+        with _place_refused(path):
+            # Permissions alone don't tell: disks may be mounted to be read only.
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+
+    from_primary(look)
+
+
+def _check_name(path: Path) -> None:
+    """Refuse what is no file's name, or is taken by something else than a file."""
+    with _place_refused(path):
+        if path.name in ("", "..") or path.is_dir():
+            raise InputError(f"{path}: is a folder; expected a file's name")
+        if path.exists() and not path.is_file():
+            raise InputError(f"{path}: is no file that can be replaced; expected another name")
+        for parent in path.parents:
+            if os.path.lexists(parent):
+                if not parent.is_dir():
+                    raise InputError(f"{path}: can't be written ({parent} is no folder)")
+                break
+
+
+@contextlib.contextmanager
+def _place_refused(path: Path) -> Iterator[None]:
+    """What a place says that can't be written to, as bad input; other errors pass through."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_PLACE:
+            raise
+        raise InputError(f"{path}: can't be written ({error.strerror})") from error
 
 
 def partial_path(path: Path) -> Path:
@@ -173,7 +234,8 @@ class RecordWriter:
         """Open the partial file and read what is in it.
 
         Raises:
-            InputError: the partial file is damaged before its last line, or holds a key twice.
+            InputError: nothing can be written there (see `check_writable`), or the partial file is damaged before its
+                last line, or holds a key twice.
         """
         self.done = from_primary(self._open)
         if self._file is None:
@@ -182,7 +244,11 @@ class RecordWriter:
         return self
 
     def _open(self) -> set[str]:
-        partial = partial_path(self.path)
+        _check_name(self.path)
+        with _place_refused(self.path):
+            return self._opened_partial(partial_path(self.path))
+
+    def _opened_partial(self, partial: Path) -> set[str]:
         partial.parent.mkdir(parents=True, exist_ok=True)
         done: set[str] = set()
         size = 0
@@ -274,4 +340,15 @@ def _parse(line: bytes, where: str) -> Record:
         raise InputError(f"{where}: not JSON ({error}): {line[:80]!r}") from error
     if not isinstance(record, dict):
         raise InputError(f"{where}: expected a JSON object, found {type(record).__name__}: {line[:80]!r}")
+    if b"\\u" in line and not _is_text(record):
+        raise InputError(f"{where}: holds half of a surrogate pair, which is no text: {line[:80]!r}")
     return record
+
+
+def _is_text(record: Record) -> bool:
+    """Whether every text can be written as UTF-8: JSON's escapes can name halves of surrogate pairs, which can't."""
+    try:
+        json.dumps(record, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -292,6 +292,24 @@ def arguments_of(server: Server, folder: Path, made: list[dict[str, Any]]) -> li
     return ["evaluate", "vicuna", *(str(part) for pair in given.items() for part in pair)]
 
 
+@pytest.mark.parametrize("command", ["hhh", "truthfulqa", "vicuna", "judge"])
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    (tmp_path / "file").write_text("kept")
+    arguments = ["evaluate", command, "--model", "none", "--out", str(tmp_path / "file" / "out.json")]
+    if command == "vicuna":
+        arguments += ["--against", "none", "--data", str(tmp_path / "none.jsonl"), "--judge", "judge-1"]
+    elif command == "judge":
+        sides = [part for side in ("questions", "first", "second") for part in (f"--{side}", str(tmp_path / "none"))]
+        arguments = ["judge", *sides, "--model", "judge-1", "--out", str(tmp_path / "file")]
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and "file is no folder" in said and said.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_evaluate_vicuna_keeps_what_it_paid_for(
     server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,5 +1,6 @@
 """Records survive kills, odd texts and foreign files."""
 
+import errno
 import json
 import os
 import subprocess
@@ -10,7 +11,15 @@ from pathlib import Path
 import pytest
 
 from almost_jax.errors import InputError
-from almost_jax.io.records import RecordWriter, iter_records, partial_path, read_records, write_records
+from almost_jax.io.records import (
+    RecordWriter,
+    check_writable,
+    iter_records,
+    partial_path,
+    read_records,
+    write_bytes,
+    write_records,
+)
 
 ODD = {
     "id": 'q\u2028\u2029\x85\r\n\t"\\/\x00é漢🙂',
@@ -55,6 +64,8 @@ def test_foreign_files_are_read(tmp_path: Path):
         (b'"text"', "found str"),
         (b'{"a": "\xff"}', "not JSON"),
         (b"{'a': 1}", "not JSON"),
+        (b'{"a": ["\\ud83d"]}', "half of a surrogate pair"),
+        (b'{"\\ude42": "\\ud83d\\ude42"}', "half of a surrogate pair"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, line: bytes, said: str):
@@ -80,6 +91,75 @@ def test_what_json_cannot_hold_is_refused_and_leaves_the_old_file(tmp_path: Path
     with pytest.raises(InputError, match="can't be written as JSON"):
         write_records(path, [{"id": "new"}, {"id": "b", "value": value}])
     assert read_records(path) == [{"id": "old"}]
+
+
+def open_writer(path: Path) -> None:
+    with RecordWriter(path, key):
+        pass
+
+
+@pytest.mark.parametrize("use", [check_writable, open_writer, lambda path: write_bytes(path, b"x")])
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        (".", "is a folder"),
+        ("folder", "is a folder"),
+        ("none/..", "is a folder"),
+        ("file/out.jsonl", "is no folder"),
+        ("file/deeper/out.jsonl", "is no folder"),
+        ("x" * 256, "File name too long"),
+        ("queue", "is no file that can be replaced"),
+        ("loop/out.jsonl", "is no folder"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_named_and_nothing_is_touched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, use, name: str, said: str
+):
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    Path("file").write_text("kept")
+    os.mkfifo("queue")
+    Path("loop").symlink_to("loop")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InputError, match=said) as caught:
+        use(Path(name))
+    assert str(caught.value).startswith(f"{name}: ") and "\n" not in str(caught.value)
+    assert sorted(tmp_path.rglob("*")) == before and Path("file").read_text() == "kept"
+
+
+@pytest.mark.parametrize("use", [open_writer, lambda path: write_bytes(path, b"x")])
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
+def test_a_folder_that_refuses_is_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, use, number: int):
+    def refuse(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(InputError, match=f"out.jsonl: can't be written .{os.strerror(number)}"):
+        use(tmp_path / "out.jsonl")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_no_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int):
+    def refuse(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    for use in (check_writable, open_writer, lambda path: write_bytes(path, b"x")):
+        with pytest.raises(OSError, match=os.strerror(number)):
+            use(tmp_path / "out.jsonl")
+
+
+def test_a_place_that_can_be_written_is_left_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    check_writable(tmp_path / "a" / "b" / "out.jsonl")
+    (tmp_path / "old.jsonl").write_text("old")
+    check_writable(tmp_path / "old.jsonl")
+    monkeypatch.chdir(tmp_path)
+    check_writable(Path("new.jsonl"))
+    assert [path.name for path in tmp_path.iterdir()] == ["old.jsonl"]
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda dir: open(dir / "missing" / "x", "wb"))
+    with pytest.raises(InputError, match=r"new.jsonl: can't be written"):
+        check_writable(Path("new.jsonl"))
 
 
 def test_28_a_writer_killed_at_any_byte_resumes_to_the_same_bytes(tmp_path: Path):
