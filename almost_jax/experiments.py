@@ -104,6 +104,8 @@ def _load(path: Path, seen: tuple[Path, ...]) -> tuple[_Layer, Any]:
     try:
         node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
         values = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except OSError as error:
+        raise InputError(f"{path}: can't be read ({error.strerror})") from error
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, ValueError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark is not None else str(path)

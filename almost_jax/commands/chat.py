@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +14,7 @@ from jax import Array
 from jax.sharding import Mesh
 from rich.console import Console
 
-from almost_jax.commands.places import DtypeOption, MeshOption, check_dtype, one_device, parse_mesh
+from almost_jax.commands.places import DtypeOption, MeshOption, SeedOption, check_dtype, one_device, parse_mesh
 from almost_jax.commands.terminal import harmless, spoken
 from almost_jax.core.llama import LlamaConfig, Params
 from almost_jax.errors import InputError
@@ -75,7 +75,9 @@ class Chat:
         """
         turns: list[Turn] = [*self.turns, {"role": "human", "text": question}]
         prompt = self._prompt(turns)
-        while len(prompt) + self.rules.max_new_tokens > self.config.max_position_embeddings and len(turns) > 1:
+        # A model of few positions would forget everything for answers that it rarely gives: half is for what was said.
+        wanted = min(self.rules.max_new_tokens, self.config.max_position_embeddings // 2)
+        while len(prompt) + wanted > self.config.max_position_embeddings and len(turns) > 1:
             # The oldest question and its answer.
             turns = turns[2:]
             prompt = self._prompt(turns)
@@ -116,7 +118,7 @@ def chat_command(
     top_p: Annotated[float, typer.Option(help="Draw from the smallest set that holds this probability.")] = 0.95,
     top_k: Annotated[int, typer.Option(help="Draw from so many tokens; 0 from all.")] = 0,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of an answer.")] = 512,
-    seed: Annotated[int, typer.Option(help="The source of all chance.")] = 0,
+    seed: SeedOption = 0,
     plain: Annotated[
         bool, typer.Option("--plain", help="Human and Assistant, whatever the tokenizer's template.")
     ] = False,
@@ -163,11 +165,16 @@ def open_chat(
     if plain and system is not None:
         raise InputError("--system: the plain dialogue has no place for it; the model must bring a chat template")
     params, config = decode_layout(model.params, model.config, place.devices.flat[0].platform)
-    rules = _rules(settings, ends(model, folder))
+    rules = sampling_rules(settings, ends(model, folder))
     return Chat(model, params, config, place, rules, seed, system, plain)
 
 
-def _rules(settings: dict[str, float], ends: tuple[int, ...]) -> SamplingRules:
+def sampling_rules(settings: Mapping[str, float], ends: tuple[int, ...]) -> SamplingRules:
+    """The rules of options by their names.
+
+    Raises:
+        InputError: one is out of bounds.
+    """
     try:
         return SamplingRules(
             float(settings["temperature"]),
@@ -264,7 +271,7 @@ def _change(console: Console, chat: Chat, words: list[str]) -> None:
         try:
             name, value = words
             settings[name] = SETTINGS[name](value)
-            chat.rules = _rules(settings, rules.stop_tokens)
+            chat.rules = sampling_rules(settings, rules.stop_tokens)
         except InputError as error:
             _print(console, str(error), "red")
             return

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -13,16 +13,31 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from almost_jax.commands.chat import ends
-from almost_jax.commands.places import DtypeOption, MeshOption, check_dtype, keep_compiled_programs, on_disk, parse_mesh
+from almost_jax.commands.chat import ends, sampling_rules
+from almost_jax.commands.places import (
+    DtypeOption,
+    MeshOption,
+    SeedOption,
+    check_dtype,
+    keep_compiled_programs,
+    on_disk,
+    parse_mesh,
+)
 from almost_jax.config import MeshConfig, SamplingConfig
 from almost_jax.core.partitioning import make_mesh
 from almost_jax.errors import InputError
 from almost_jax.io.models import Model, load_model
-from almost_jax.io.records import Record, RecordWriter, parse_records, partial_path, write_records
+from almost_jax.io.records import (
+    Record,
+    RecordWriter,
+    check_writable,
+    numbered_records,
+    partial_path,
+    write_records,
+)
 from almost_jax.io.transfer import locate
 from almost_jax.sampling.engine import Engine
-from almost_jax.sampling.requests import Completion, Request, Settings
+from almost_jax.sampling.requests import Completion, Request, Settings, check_requests
 from almost_jax.sampling.rules import SamplingRules
 from almost_jax.sampling.stats import Stats
 from almost_jax.sampling.stops import StopStrings
@@ -54,12 +69,17 @@ def generate_command(
         typer.Option(help="A text before every prompt, such as a few-shot prompt; read once.", callback=on_disk),
     ] = None,
     n: Annotated[int, typer.Option("-n", min=1, help="Samples for each prompt.")] = 1,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = _DEFAULTS.max_new_tokens,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help=f"{_DEFAULTS.max_new_tokens}, or what the model has room for, when not given."),
+    ] = None,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = _DEFAULTS.temperature,
     top_p: Annotated[float, typer.Option(help="1 is off.")] = _DEFAULTS.top_p,
     top_k: Annotated[int, typer.Option(min=0, help="0 is off.")] = _DEFAULTS.top_k,
-    stop: Annotated[list[str] | None, typer.Option(help="A text that ends a sample; as often as you like.")] = None,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="A text that ends a sample (a line feed is $'\\n'); as often as you like.")
+    ] = None,
+    seed: SeedOption = 0,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end of text.")] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples that run at once.")] = _DEFAULTS.batch_size,
     steps_per_wake: Annotated[
@@ -85,6 +105,7 @@ def generate_command(
         raise InputError(f"--top-p {top_p}: must be above 0 and at most 1")
     if any(not text for text in stop or []):
         raise InputError("--stop: is empty, which every text holds; give at least one character")
+    check_writable(out)
     asked = read_prompts(prompts)
     prefix = "" if prefix_file is None else _read_text(prefix_file)
     keep_compiled_programs()
@@ -92,10 +113,11 @@ def generate_command(
     loaded = load_model(locate(model), place, dtype)
     if loaded.kind == "reward":
         raise InputError(f"{model}: is a reward model; expected one that writes")
+    values = {"temperature": temperature, "top-p": top_p, "top-k": top_k}
+    values["max-new-tokens"] = _DEFAULTS.max_new_tokens if max_new_tokens is None else max_new_tokens
     sampling = Sampling(
-        rules=SamplingRules(
-            temperature, top_p, top_k, max_new_tokens, () if ignore_eos else ends(loaded, locate(model))
-        ),
+        rules=sampling_rules(values, () if ignore_eos else ends(loaded, locate(model))),
+        as_room_allows=max_new_tokens is None,
         settings=Settings(batch_size, steps_per_wake, refill, prefill_tokens),
         stops=tuple(stop or []),
         prefix=prefix,
@@ -109,19 +131,23 @@ def generate_command(
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How every prompt is continued: `n` samples of each, behind `prefix`, ended by `stops` too."""
+    """How every prompt is continued: `n` samples of each, behind `prefix`, ended by `stops` too.
+
+    With `as_room_allows` a prompt without a limit of its own has the rules' or what is left of the model's positions.
+    """
 
     rules: SamplingRules
+    as_room_allows: bool
     settings: Settings
     stops: tuple[str, ...]
     prefix: str
     seed: int
     n: int
 
-    def digest(self, model: Model) -> str:
-        """What must be the same for a file to be gone on with; how the engine runs changes nothing."""
-        said = [dataclasses.asdict(self.rules), self.stops, self.prefix, self.seed, model.name]
-        said.append(model.tokenizer.fingerprint)
+    def digest(self, model: Model, prompt: Sequence[int], limit: int | None) -> str:
+        """What must be the same for a sample to be kept; how the engine runs changes nothing."""
+        said = [dataclasses.asdict(self.rules), self.stops, self.prefix, self.seed, model.name, model.config.dtype]
+        said += [model.tokenizer.fingerprint, list(prompt), limit]
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -131,17 +157,10 @@ def read_prompts(path: Path) -> list[Prompt]:
     Raises:
         InputError: the file can't be read, or a line is malformed or has the id of another one.
     """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path}: can't be read ({error.strerror}); expected JSON lines with prompt") from error
     found: list[Prompt] = []
     seen: dict[str, int] = {}
-    for number, line in enumerate(data.split(b"\n"), start=1):
-        if not line.strip():
-            continue
+    for number, record in numbered_records(path):
         where = f"{path}, line {number}"
-        record = parse_records(line, where)[0]
         text, name, limit = record.get("prompt"), record.get("id", number), record.get("max_new_tokens")
         if not isinstance(text, str):
             raise InputError(f"{where}: prompt is {text!r}; expected a text")
@@ -161,7 +180,7 @@ def generate_file(model: Model, prompts: Sequence[Prompt], out: Path, sampling: 
 
     Samples are written as they finish, and sorted when all are there. Each line has `id`, `sample` (0 to n - 1), `text`
     (before the stop string), `tokens` and `logprobs` (as drawn, stop token included), `finish` ("stop_token",
-    "stop_string" or "length") and `run`, a digest of the settings.
+    "stop_string" or "length") and `run`, a digest of the settings and the prompt.
 
     Args:
         model: who writes.
@@ -170,33 +189,37 @@ def generate_file(model: Model, prompts: Sequence[Prompt], out: Path, sampling: 
         sampling: how.
 
     Raises:
-        InputError: a prompt can't be continued, or what is written already has other settings.
+        InputError: a prompt can't be continued, or what is written already has other prompts or settings.
     """
-    tokenizer, digest = model.tokenizer, sampling.digest(model)
+    tokenizer = model.tokenizer
     if sampling.prefix:
-        prefix, encode = tokenizer.encode_prompt(sampling.prefix), tokenizer.encode
+        prefix, encode = tokenizer.encode_prompt(sampling.prefix), tokenizer.encode_further
     else:
         prefix, encode = [], tokenizer.encode_prompt
-    encoded = [tuple(encode(prompt.text)) for prompt in prompts]
-    names = [f"{prompt.id}/{sample}" for prompt in prompts for sample in range(sampling.n)]
+    requests: list[Request] = []
+    digests: dict[str, str] = {}
+    for prompt in prompts:
+        tokens = tuple(encode(prompt.text))
+        limit = _limit(prompt, model.config.max_position_embeddings - len(prefix) - len(tokens), sampling)
+        own = [Request(f"{prompt.id}/{sample}", tokens, limit) for sample in range(sampling.n)]
+        requests += own
+        digests.update(dict.fromkeys([one.id for one in own], sampling.digest(model, tokens, limit)))
+    check_requests(requests, model.config, sampling.rules.max_new_tokens, len(prefix), ())
+    # Of all samples, not of those that are left, so that a call that goes on runs the same programs.
+    slots = max(min(sampling.settings.slots, len(requests)), 1)
     engine = Engine(
-        model.params, model.config, sampling.rules, sampling.settings,
+        model.params, model.config, sampling.rules, dataclasses.replace(sampling.settings, slots=slots),
         seed=sampling.seed, prefix_tokens=prefix,
         stops=StopStrings(sampling.stops, tokenizer.decode_exactly) if sampling.stops else None,
     )  # fmt: skip
     with RecordWriter(out, key=lambda record: f"{record['id']}/{record['sample']}") as writer:
-        _check_resumed(writer, set(names), digest)
-        requests = [
-            Request(f"{prompt.id}/{sample}", tokens, prompt.max_new_tokens)
-            for prompt, tokens in zip(prompts, encoded, strict=True)
-            for sample in range(sampling.n)
-        ]
-        with _progress(len(names), len(writer.done)) as progress:
+        _check_resumed(writer, digests)
+        with _progress(len(requests), len(writer.done)) as progress:
             for done in engine.run([one for one in requests if one.id not in writer.done]):
-                writer.write(_record(model, done, sampling.stops, digest))
+                writer.write(_record(model, done, sampling.stops, digests[done.id]))
                 progress.advance(progress.task_ids[0])
                 progress.update(progress.task_ids[0], rate=f"{engine.stats.rate():.0f} tokens/s")
-        order = {name: place for place, name in enumerate(names)}
+        order = {one.id: place for place, one in enumerate(requests)}
         records = sorted(writer.records, key=lambda record: order[writer.key(record)])
         write_records(partial_path(out), records)
         writer.finish()
@@ -219,18 +242,24 @@ def _record(model: Model, done: Completion, stops: Sequence[str], digest: str) -
     }
 
 
-def _check_resumed(writer: RecordWriter, names: set[str], digest: str) -> None:
+def _limit(prompt: Prompt, room: int, sampling: Sampling) -> int | None:
+    """A prompt's own limit; None for the rules'."""
+    if prompt.max_new_tokens is None and sampling.as_room_allows and 1 <= room < sampling.rules.max_new_tokens:
+        return room
+    return prompt.max_new_tokens
+
+
+def _check_resumed(writer: RecordWriter, digests: Mapping[str, str]) -> None:
     """Refuse to go on with a file of other prompts or settings."""
-    if not writer.done <= names:
-        raise InputError(f"{partial_path(writer.path)}: is of other prompts; delete it to start over")
-    for record in _first(writer):
-        if record.get("run") != digest:
-            raise InputError(f"{partial_path(writer.path)}: was sampled with other settings; delete it to start over")
-
-
-def _first(writer: RecordWriter) -> Iterator[Record]:
-    if writer.done:
-        yield next(iter(writer.written()))
+    partial = partial_path(writer.path)
+    if not writer.done <= set(digests):
+        raise InputError(f"{partial}: is of other prompts; delete it to start over")
+    for number, record in enumerate(writer.written(), start=1):
+        if record.get("run") != digests[writer.key(record)]:
+            raise InputError(
+                f"{partial}, line {number}: was sampled from another prompt or with other settings; "
+                "delete the file to start over"
+            )
 
 
 def _progress(total: int, done: int) -> Progress:

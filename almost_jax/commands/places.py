@@ -17,6 +17,8 @@ MeshOption = Annotated[
     str | None,
     typer.Option("--mesh", help="Devices along the mesh's axes, as in fsdp=4,tensor=2; -1 takes what is left."),
 ]
+# A key holds so many bits of a seed.
+SeedOption = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="The source of all chance.")]
 DtypeOption = Annotated[str, typer.Option("--dtype", help="To compute in: float32, bfloat16 or float16.")]
 DTYPES = ("float32", "bfloat16", "float16")
 

@@ -11,10 +11,10 @@ import typer
 
 from almost_jax.commands.places import DtypeOption, MeshOption, check_dtype, on_disk, parse_mesh
 from almost_jax.config import MeshConfig
-from almost_jax.core.partitioning import make_mesh
+from almost_jax.core.partitioning import make_mesh, row_parts
 from almost_jax.errors import InputError
 from almost_jax.io.models import Model, load_model
-from almost_jax.io.records import Record, RecordWriter, parse_records
+from almost_jax.io.records import Record, RecordWriter, check_writable, numbered_records
 from almost_jax.io.transfer import locate
 from almost_jax.sampling.scoring import completion_logprobs, score_sequences
 from almost_jax.stages.execution import head_chunk
@@ -51,12 +51,13 @@ def score_command(
     check_dtype(dtype)
     if input.absolute() == out.absolute():
         raise InputError(f"{out}: is the input; expected another file")
+    check_writable(out)
     place = make_mesh(MeshConfig()) if mesh is None else parse_mesh(mesh)
     loaded = load_model(locate(model), place, dtype)
     shape = dataclasses.replace(loaded.config, vocab_chunk=head_chunk(MeshConfig()))
     loaded = dataclasses.replace(loaded, config=shape)
     # As many rows for each of the devices that batches are split over.
-    rows = place.shape["data"] * place.shape["fsdp"]
+    rows = row_parts(place)
     size = -(-batch_size // rows) * rows
     # Accelerators multiply float32 in fewer bits unless they are told not to.
     with jax.set_mesh(place), jax.default_matmul_precision("highest" if dtype == "float32" else "default"):
@@ -105,22 +106,14 @@ def score_file(model: Model, source: Path, out: Path, batch_size: int, end: bool
 def _chunks(source: Path, size: int) -> Iterator[list[Record]]:
     """The lines of the file with their numbers, blank ones left out, `size` at a time."""
     chunk: list[Record] = []
-    try:
-        with source.open("rb") as file:
-            for number, data in enumerate(file, start=1):
-                if not data.strip():
-                    continue
-                where = f"{source}, line {number}"
-                record = parse_records(data, where)[0]
-                for key in ("prompt", "completion"):
-                    if not isinstance(record.get(key), str):
-                        raise InputError(f"{where}: {key} is {record.get(key)!r}; expected a text")
-                chunk.append({**record, "line": number})
-                if len(chunk) == size:
-                    yield chunk
-                    chunk = []
-    except OSError as error:
-        raise InputError(f"{source}: can't be read ({error.strerror}); expected JSON lines") from error
+    for number, record in numbered_records(source):
+        for key in ("prompt", "completion"):
+            if not isinstance(record.get(key), str):
+                raise InputError(f"{source}, line {number}: {key} is {record.get(key)!r}; expected a text")
+        chunk.append({**record, "line": number})
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
     if chunk:
         yield chunk
 

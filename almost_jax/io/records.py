@@ -80,6 +80,15 @@ def iter_records(path: Path) -> Iterator[Record]:
     Raises:
         InputError: as `read_records`, when the line at fault is reached.
     """
+    return (record for _, record in numbered_records(path))
+
+
+def numbered_records(path: Path) -> Iterator[tuple[int, Record]]:
+    """The same, each with the number of its line, from 1.
+
+    Raises:
+        InputError: as `read_records`, when the line at fault is reached.
+    """
     try:
         file = Path(path).open("rb")
     except OSError as error:
@@ -88,7 +97,7 @@ def iter_records(path: Path) -> Iterator[Record]:
         for number, line in enumerate(file, start=1):
             line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
             if line.strip():
-                yield _parse(line.removesuffix(b"\n"), f"{path}, line {number}")
+                yield number, _parse(line.removesuffix(b"\n"), f"{path}, line {number}")
 
 
 def write_records(path: Path, records: Iterable[Record]) -> None:

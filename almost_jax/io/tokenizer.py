@@ -55,6 +55,11 @@ class Tokenizer:
         ids: list[int] = self._backend.encode(text)
         return ids
 
+    def encode_further(self, text: str) -> list[int]:
+        """The ids of a text that a user wrote to stand behind another one: as `encode_prompt`, but nothing is added."""
+        ids: list[int] = self._backend.encode(text, add_special_tokens=False)
+        return ids
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens left out, whitespace at both ends stripped."""
         return self.decode_exactly(ids).strip()

@@ -142,7 +142,7 @@ def locate(source: str) -> str:
     if path != Path(source):
         return str(path)
     if path.expanduser().exists():
-        return source
+        return str(path.expanduser())
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source) is None:
         return source
     from huggingface_hub import snapshot_download

@@ -167,11 +167,13 @@ class Engine:
         groups = []
         for (width, _), own_forks in by_width.items():
             usual, most = self._bucket(1), self._settings.prefill_tokens // width
-            # As many as fill a program, which has room for the usual number or for all slots.
-            most = self._batch if most >= self._batch else max(min(most, usual), 1)
-            for first in range(0, len(own_forks), most):
-                part = own_forks[first : first + most]
-                groups.append(_Group(width, [start for start, _ in part], [own for _, own in part]))
+            # As many as fill a program: all slots if so many may be read together, else no more than a refill needs.
+            whole = most >= self._batch
+            size = self._batch if whole else self._even(max(min(most, usual), 1))
+            for first in range(0, len(own_forks), size):
+                part = own_forks[first : first + size]
+                rows = self._bucket(len(part)) if whole else size
+                groups.append(_Group(width, rows, [start for start, _ in part], [own for _, own in part]))
         return groups
 
     def _known(self, prompt: tuple[int, ...], parent: str | None) -> int:
@@ -185,7 +187,7 @@ class Engine:
     def _fill(self, group: "_Group", places: list[int], running: dict[int, _Running]) -> list[tuple[int, Completion]]:
         """Read a group's prompts and admit its requests to slots."""
         prompts = [own[0].prompt for own in group.forks]
-        rows = self._bucket(len(prompts))
+        rows = group.rows
         new = [prompt[start:] for prompt, start in zip(prompts, group.starts, strict=True)]
         padded = pad_rows([*new, *[(0,)] * (rows - len(new))], group.width)
         lengths = np.array([len(one) for one in new] + [1] * (rows - len(new)), np.int32)
@@ -282,7 +284,11 @@ class Engine:
         As many as a refill usually needs, or as there are slots: two programs serve.
         """
         usual = -(-self._settings.slots // _REFILLED)
-        return -(-(usual if count <= usual else self._batch) // self._rows) * self._rows
+        return self._even(usual if count <= usual else self._batch)
+
+    def _even(self, count: int) -> int:
+        """As many rows or more, split evenly over the devices."""
+        return -(-count // self._rows) * self._rows
 
     def _halt(self, places: list[int]) -> None:
         if places:
@@ -316,11 +322,12 @@ class Engine:
 class _Group:
     """Prompts that one program reads.
 
-    width: the tokens that each is padded to. starts: how many of each one's are known already. forks: the requests of
-    each.
+    width: the tokens that each is padded to. rows: the prompts that the program reads, padding included. starts: how
+    many of each one's tokens are known already. forks: the requests of each.
     """
 
     width: int
+    rows: int
     starts: list[int]
     forks: list[list[Request]]
 

@@ -3,6 +3,9 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 
+# What stands for bytes that are no letter, or not yet.
+_BEGUN = "\N{REPLACEMENT CHARACTER}"
+
 
 @dataclasses.dataclass(frozen=True)
 class StopStrings:
@@ -26,10 +29,12 @@ class StopStrings:
             tokens: a completion so far, without a stop token.
             checked: so many of them are known to hold none.
         """
-        if not self._held(tokens):
-            return None
-        return next(count for count in range(checked + 1, len(tokens) + 1) if self._held(tokens[:count]))
-
-    def _held(self, tokens: Sequence[int]) -> bool:
         text = self.decode(tokens)
+        # Behind a letter that is begun and not finished some tokenizers read the bytes before it as begun letters too.
+        if not self._in(text) and not text.endswith(_BEGUN):
+            return None
+        found = (count for count in range(checked + 1, len(tokens) + 1) if self._in(self.decode(tokens[:count])))
+        return next(found, None)
+
+    def _in(self, text: str) -> bool:
         return any(string in text for string in self.strings)

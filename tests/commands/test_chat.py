@@ -165,6 +165,16 @@ def test_a_long_dialogue_forgets_its_beginning_and_a_long_question_is_refused(tm
     assert chat.turns == kept
 
 
+def test_a_model_of_few_positions_remembers_too(tmp_path: Path):
+    short = _other.dataclasses.replace(_other.CONFIG, max_position_embeddings=64)
+    save_model(tmp_path / "model", _other.dataclasses.replace(make_model(), config=short))
+    settings = {**SETTINGS, "max-new-tokens": 64}
+    chat = open_chat(str(tmp_path / "model"), "data=-1", "float32", settings, 0, None, False)
+    chat.turns = [{"role": "human", "text": "w3"}, {"role": "assistant", "text": "w4"}]
+    "".join(chat.answer("w5"))
+    assert [turn["text"] for turn in chat.turns[:3]] == ["w3", "w4", "w5"]
+
+
 def test_what_cannot_be_talked_to_is_one_line(tmp_path: Path, capsys):
     save_model(tmp_path / "reward", make_model("reward"))
     save_model(tmp_path / "model", make_model())

@@ -87,8 +87,16 @@ def test_28_an_interrupted_file_goes_on(
     assert sample(capsys, folder, out, "-n", 4, "--max-new-tokens", 9)[0] == 130
     assert not out.exists() and len(read_records(partial_path(out))) == 4
     monkeypatch.setattr(generate, "_record", real)
-    code, _, err = sample(capsys, folder, out, "-n", 4, "--max-new-tokens", 9, "--seed", 1)
-    assert code == 2 and "sampled with other settings; delete it" in err and "Traceback" not in err
+    partial = partial_path(out).read_bytes()
+    for more in (("--seed", 1), ("--dtype", "bfloat16"), ("--max-new-tokens", 8)):
+        code, _, err = sample(capsys, folder, out, "-n", 4, "--max-new-tokens", 9, *more)
+        assert code == 2 and "line 1: was sampled from another prompt or with other settings" in err
+        assert "Traceback" not in err and partial_path(out).read_bytes() == partial
+    # A prompt that was changed since keeps none of its samples.
+    edited = tmp_path / "edited.jsonl"
+    write_records(edited, [{**one, "prompt": one["prompt"] + " w3"} for one in PROMPTS])
+    arguments = ("--model", folder / "model", "--prompts", edited, "--out", out, "-n", 4, "--max-new-tokens", 9)
+    assert command(capsys, "generate", *arguments)[0] == 2 and partial_path(out).read_bytes() == partial
     code, _, err = sample(capsys, folder, out, "-n", 4, "--max-new-tokens", 9)
     assert code == 0 and json.loads(err.splitlines()[-1])["requests"] == 12 - 4
     plain = [{**one, "logprobs": []} for one in read_records(out)]
@@ -137,6 +145,61 @@ def test_bad_options_are_named(tmp_path: Path, capsys: Any, folder: Path) -> Non
         (("--prefix-file", tmp_path / "none.txt"), "none.txt: can't be read"),
         (("--max-new-tokens", 1), "request '2/0': max_new_tokens 2 must be 1 to 1"),
         (("--max-new-tokens", 3000), "exceed the model's"),
+        (("--temperature", "nan"), "'--temperature'"),
+        (("--seed", 2**32), "'--seed'"),
     ]:
         code, _, err = sample(capsys, folder, out, *more)
         assert code == 2 and message in err and len(err.splitlines()) == 1 and not out.exists()
+        assert not partial_path(out).exists()
+    code, _, err = sample(capsys, folder, tmp_path)
+    assert code == 2 and err == f"almost-jax: {tmp_path}: is a folder; expected a file's name\n"
+
+
+def test_a_file_of_nothing_has_no_samples(tmp_path: Path, capsys: Any, folder: Path) -> None:
+    empty, out = tmp_path / "empty.jsonl", tmp_path / "out.jsonl"
+    empty.write_bytes(b"\xef\xbb\xbf\n\r\n")
+    code, _, err = command(capsys, "generate", "--model", folder / "model", "--prompts", empty, "--out", out)
+    assert code == 0 and out.read_bytes() == b"" and json.loads(err.splitlines()[-1])["requests"] == 0
+
+
+def test_slots_are_no_more_than_samples(tmp_path: Path, capsys: Any, folder: Path, monkeypatch: Any) -> None:
+    seen = []
+    real = generate.Engine
+
+    def engine(*given: Any, **named: Any) -> Any:
+        seen.append(given[3].slots)
+        return real(*given, **named)
+
+    monkeypatch.setattr(generate, "Engine", engine)
+    for number, size in enumerate((64, 2)):
+        out = tmp_path / f"{number}.jsonl"
+        more = ("--max-new-tokens", 4, "--batch-size", size)
+        code, _, err = sample(capsys, folder, out, *more)
+        assert code == 0
+        assert json.loads(err.splitlines()[-1])["slot_utilisation"] > 0.3
+    assert seen == [3, 2]
+
+
+def test_without_a_limit_a_prompt_has_the_room_that_is_left(tmp_path: Path, capsys: Any, folder: Path) -> None:
+    positions = make_model().config.max_position_embeddings
+    prompts = tmp_path / "long.jsonl"
+    write_records(prompts, [{"prompt": " ".join(["w3"] * (positions - 5))}, {"prompt": "w4", "max_new_tokens": 3}])
+    out = tmp_path / "out.jsonl"
+    given = ("--model", folder / "model", "--prompts", prompts, "--out", out, "--ignore-eos")
+    code, _, err = command(capsys, "generate", *given)
+    assert code == 0, err
+    assert [len(one["tokens"]) for one in read_records(out)] == [5, 3]
+    code, _, err = command(capsys, "generate", *given, "--max-new-tokens", 6)
+    assert code == 2 and f"= {positions + 1} exceed the model's {positions} positions" in err
+
+
+def test_behind_a_prefix_special_tokens_are_still_special(tmp_path: Path, capsys: Any, folder: Path) -> None:
+    alone, behind = tmp_path / "alone.jsonl", tmp_path / "behind.jsonl"
+    prompts, prefix = tmp_path / "prompts.jsonl", tmp_path / "prefix.txt"
+    prefix.write_text("w5 <eos>", encoding="utf-8")
+    more = ("--temperature", 0, "--max-new-tokens", 6, "--ignore-eos", "--model", folder / "model")
+    write_records(prompts, [{"prompt": "w5 <eos> w3 <eos> w4"}])
+    assert command(capsys, "generate", "--prompts", prompts, "--out", alone, *more)[0] == 0
+    write_records(prompts, [{"prompt": " w3 <eos> w4"}])
+    assert command(capsys, "generate", "--prompts", prompts, "--out", behind, "--prefix-file", prefix, *more)[0] == 0
+    assert read_records(alone)[0]["tokens"] == read_records(behind)[0]["tokens"]

@@ -8,6 +8,7 @@ import pytest
 from almost_jax.errors import InputError
 from almost_jax.io import paths
 from almost_jax.io.paths import local_path
+from almost_jax.io.transfer import locate
 
 
 @pytest.fixture
@@ -91,3 +92,10 @@ def test_mounts_lie_below_gcs_unless_told_otherwise(monkeypatch: pytest.MonkeyPa
     for value in (None, ""):
         monkeypatch.delenv(paths.VARIABLE, raising=False) if value is None else monkeypatch.setenv(paths.VARIABLE, "")
         assert "/gcs/no-such-bucket is not there" in problem("gs://no-such-bucket/a")
+
+
+def test_a_model_at_home_is_found_with_all_its_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As after `--model=~/m`, which a shell leaves as it is.
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "m").mkdir()
+    assert locate("~/m") == str(tmp_path / "m") and locate("~/n") == "~/n"

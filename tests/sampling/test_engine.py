@@ -204,6 +204,50 @@ def test_08_stop_strings_are_found_and_cut_to_the_token(tiny: LlamaConfig, make_
         StopStrings(("a", ""), spelled)
 
 
+def test_08_a_letter_that_is_begun_hides_no_stop_before_it() -> None:
+    # As tokenizers that fall back to bytes do: a run of them is letters once all are whole, and none before.
+    pieces = {0: b"a", 1: b"\n", 2: b"\xf0", 3: b"\x9f", 4: b"\x98", 5: b"\x80"}
+
+    def decode(tokens: Any) -> str:
+        text, run = "", b""
+        for token in [*tokens, 0]:
+            if token:
+                run += pieces[token]
+                continue
+            try:
+                text += run.decode()
+            except UnicodeDecodeError:
+                text += "\N{REPLACEMENT CHARACTER}" * len(run)
+            text, run = text + "a", b""
+        return text[:-1]
+
+    stops, tokens = StopStrings(("\n",), decode), [0, 1, 2, 3, 4, 5, 0]
+    assert decode(tokens) == "a\n\N{GRINNING FACE}a" and "\n" not in decode(tokens[:4])
+    for look in range(1, len(tokens)):
+        # Wherever the host looks first, and whether it looks again or the sample ends there.
+        expected = 2 if look >= 2 else None
+        assert stops.first(tokens[:look], 0) == expected
+
+
+def test_long_prompts_are_read_by_rows_as_many_as_may_be_read(tiny: LlamaConfig, make_params: Any) -> None:
+    engine = Engine(
+        make_params(tiny, 1), tiny, SamplingRules(0.8, 1.0, 0, 2, (3,)),
+        Settings(slots=32, steps_per_wake=4, refill=True, prefill_tokens=64), seed=5, prefix_tokens=(),
+    )  # fmt: skip
+    read = []
+    real = engine._programs.prefill
+
+    def prefill(tokens: Any, *rest: Any) -> Any:
+        read.append(tokens.shape)
+        return real(tokens, *rest)
+
+    engine._programs.prefill = prefill  # type: ignore[method-assign]
+    # A refill needs 4 rows; of 32 tokens two of them may be read together, of 64 one.
+    requests = [Request(str(place), (place + 1, *[5] * (29 + place % 2 * 10))) for place in range(10)]
+    assert len(list(engine.run(requests))) == 10
+    assert set(read) == {(2, 32), (1, 64)} and len(read) == 3 + 5
+
+
 def _holds(text: str) -> bool:
     return "\nHuman:" in text or "cab" in text
 
