@@ -22,11 +22,19 @@ PACKAGE = Path(almost_jax.__file__).resolve().parent
 # Keys that change how a stage computes, but (up to rounding) not what: they make nothing stale, so that a run that went
 # out of memory can go on with smaller batches.
 NEUTRAL = (
-    *("sampling.batch_size", "user_sampling.batch_size", "hhh.batch_size", "truthfulqa.batch_size"),
-    *("micro_batches", "checkpoint_every", "log_every"),
-    # How long a judge is waited for and what a run may spend on it.
-    *(f"vicuna.{key}" for key in ("concurrency", "timeout", "attempts", "pause", "max_requests", "max_tokens")),
-    "vicuna.key_variable",
+    *(
+        f"{section}.{key}"
+        for section in ("sampling", "user_sampling")
+        for key in ("batch_size", "steps_per_wake", "refill", "prefill_tokens")
+    ),
+    *("hhh.batch_size", "truthfulqa.batch_size"),
+    *("micro_batches", "judge_micro_batches", "checkpoint_every", "log_every"),
+    # How long a judge is waited for and what a run may spend on it, of the Vicuna questions and of the audit.
+    *(
+        f"{section}.{key}"
+        for section in ("vicuna", "judge")
+        for key in ("concurrency", "timeout", "attempts", "pause", "max_requests", "max_tokens", "key_variable")
+    ),
 )
 # Files up to this size are told apart by their content, larger ones by size and time of change.
 HASHED_BYTES = 64 * 2**20

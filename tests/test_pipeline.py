@@ -17,6 +17,7 @@ from rich.console import Console
 from almost_jax import inputs, pipeline
 from almost_jax.config import ExperimentConfig, Section
 from almost_jax.errors import InputError
+from almost_jax.evaluation.judge import REPLIES
 from almost_jax.experiments import load_experiment
 from almost_jax.folder import locked, read_status
 from almost_jax.io.run import Run
@@ -238,7 +239,11 @@ def test_filters_run_again_without_new_responses(bench: Bench) -> None:
     [
         "comparisons.sampling.batch_size=3",
         "demonstrations.user_sampling.batch_size=3",
+        "demonstrations.sampling.steps_per_wake=3",
+        "ppo.sampling.refill=false",
+        "demonstrations.user_sampling.prefill_tokens=3",
         "ppo.micro_batches=2",
+        "ppo.judge_micro_batches=2",
         "sft.training.checkpoint_every=3",
         "ppo.log_every=3",
         "mesh.data=8",
@@ -248,6 +253,32 @@ def test_filters_run_again_without_new_responses(bench: Bench) -> None:
 def test_keys_that_change_no_result_make_nothing_stale(bench: Bench, override: str) -> None:
     bench()
     assert bench([override]) == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["concurrency=9", "timeout=9.0", "attempts=9", "pause=9.0", "max_requests=9", "max_tokens=9", "key_variable=OTHER"],
+)
+def test_how_a_judge_is_asked_makes_nothing_stale(bench: Bench, tmp_path: Path, change: str) -> None:
+    (tmp_path / "questions.jsonl").write_text("{}")
+    judges = ["audit.judge={model: judge-1}", f"evaluation.vicuna={{questions: {tmp_path}/questions.jsonl}}"]
+    bench(judges)
+    assert bench([*judges, f"audit.judge.{change}", f"evaluation.vicuna.{change}"]) == []
+
+
+def test_what_a_judge_is_asked_counts(bench: Bench) -> None:
+    bench(["audit.judge={model: judge-1}"])
+    assert bench(["audit.judge={model: judge-1, reply_tokens: 9}"])[0] == "audit"
+
+
+@pytest.mark.parametrize("override", ["audit.bootstrap_samples=9", "evaluation.hhh={}"])
+def test_a_stale_stage_leaves_the_judges_replies(bench: Bench, override: str) -> None:
+    bench()
+    replies = bench.directory / REPLIES
+    replies.mkdir()
+    (replies / "one.json").write_text("paid")
+    assert bench([override])[0] in ("audit", "benchmarks")
+    assert (replies / "one.json").read_text() == "paid"
 
 
 def test_the_order_of_configurations_counts() -> None:

@@ -1,6 +1,7 @@
 """almost-jax evaluate: one evaluation of one model, a file out with every item."""
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +16,7 @@ from almost_jax.errors import InputError
 from almost_jax.evaluation import duel, vicuna
 from almost_jax.evaluation.answers import PLAIN, answer
 from almost_jax.evaluation.benchmarks import BENCHMARKS, evaluate
-from almost_jax.evaluation.judge import Endpoint
+from almost_jax.evaluation.judge import Endpoint, Judge
 from almost_jax.evaluation.judge_prompts import SCORES, read_prompt
 from almost_jax.evaluation.statistics import Bootstrap
 from almost_jax.io.models import Model, load_model
@@ -111,6 +112,10 @@ def vicuna_command(
     """Two models' answers before a judge, in both orders: win rates with intervals, at equal length too, and flips."""
     check_dtype(dtype)
     check_writable(out)
+    if not 0 < top_p <= 1:
+        raise InputError(f"--top-p {top_p}: must be above 0 and at most 1")
+    if not math.isfinite(temperature):
+        raise InputError(f"--temperature {temperature}: must be a finite number")
     questions = vicuna.read_questions(data)
     if (judge == REWARD_MODEL) != (reward_model is not None):
         raise InputError("--judge reward_model and --reward-model MODEL belong together; give both or neither")
@@ -135,7 +140,7 @@ def vicuna_command(
             max_requests=max_requests,
             max_tokens=max_tokens,
         )
-        judged_by = duel.EndpointJudge(endpoint, asked, folder / "replies")
+        judged_by = duel.EndpointJudge(Judge(endpoint, folder / "replies"), asked)
     sides: list[list[Record]] = []
     with jax.set_mesh(place):
         for source, how in ((model, prompt), (against, against_prompt)):

@@ -116,7 +116,7 @@ def _print(summary: dict[str, Any], items: list[Record]) -> None:
     for item in unread[:_SHOWN]:
         for reply, winner in zip(item["replies"], item["winners"], strict=True):
             if winner is None:
-                said = reply["error"] or f"no two scores: {(reply['text'] or '')[:120]!r}"
+                said = reply["error"] or reply.get("refused") or f"no two scores: {(reply['text'] or '')[:120]!r}"
                 typer.echo(f"question {item['question_id']}: {said}")
     if len(unread) > _SHOWN:
         typer.echo(f"and {len(unread) - _SHOWN} pairs more without verdict")

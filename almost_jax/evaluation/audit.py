@@ -14,11 +14,12 @@ from typing import Any, Literal, TypeAlias
 
 import jax
 
-from almost_jax.config import AuditConfig
-from almost_jax.evaluation.analyses import Item
-from almost_jax.evaluation.judge import Endpoint, Judge
+from almost_jax.errors import InputError
+from almost_jax.evaluation.analyses import Item, collect, of_system
+from almost_jax.evaluation.duel import missing
+from almost_jax.evaluation.judge import REPLIES, Endpoint, Judge
 from almost_jax.evaluation.scores import rungs
-from almost_jax.evaluation.statistics import Bootstrap
+from almost_jax.evaluation.statistics import Bootstrap, clusters, interval
 from almost_jax.evaluation.vicuna import judge_pairs, summarize
 from almost_jax.io.distributed import from_primary
 from almost_jax.io.records import Record, RecordWriter, read_records, write_bytes
@@ -41,7 +42,8 @@ def run_stage(run: Run) -> dict[str, Any]:
         Every rung's verdict by every scorer.
 
     Raises:
-        InputError: the configurations contradict the rule of thumb, or the judge's server refuses.
+        InputError: the configurations contradict the rule of thumb, or the judge's server refuses or leaves pairs
+            without a reply: the next run asks for these alone.
     """
     config = run.config.audit
     if not config.queries:
@@ -56,7 +58,7 @@ def run_stage(run: Run) -> dict[str, Any]:
     figures = analyse(run, queries, _items(responses, scores))
     if config.judge is not None:
         # One process asks: a judge costs money, and need not answer twice alike.
-        from_primary(lambda: _ask_the_judge(run, config, queries, responses, figures["rungs"]))
+        figures = from_primary(lambda: _ask_the_judge(run, queries, responses, figures))
     content = json.dumps(figures, indent=1, allow_nan=False) + "\n"
     write_bytes(run.path("audit", "audit.json"), content.encode())
     for line in warnings(figures):
@@ -73,7 +75,8 @@ def analyse(run: Run, queries: Sequence[Record], items: Sequence[Item]) -> dict[
 
     Returns:
         {"queries", "rungs": {"A over B": {"rule", "longer", "as_is": {"mean", "ci95", "n", "length_matched",
-        "verdict"}}}}; without that model the rungs have `rule` and `longer` alone.
+        "verdict"}}}, "configurations": {"A": {"as_is": {"mean", "ci95", "n"}}}}, the last in standard deviations of
+        that model's reference samples; without it the rungs have `rule` and `longer` alone.
     """
     names = list(run.config.comparisons.configurations)
     bootstrap = _bootstrap(run)
@@ -84,7 +87,15 @@ def analyse(run: Run, queries: Sequence[Record], items: Sequence[Item]) -> dict[
         rung["rule"] = rule_of_thumb(better, worse, run.config.comparisons).rule
         for measure in measures:
             rung[measure]["verdict"] = verdict(rung[measure]["ci95"])
-    return {"queries": len(queries), "rungs": found}
+    means = {
+        name: {
+            measure: interval(clusters(collect(group, measure), [query["id"] for query in queries]), bootstrap)
+            for measure in measures
+        }
+        for name in names
+        if (group := of_system(items, f"configuration/{name}"))
+    }
+    return {"queries": len(queries), "rungs": found, "configurations": means}
 
 
 def verdict(ci95: Sequence[float]) -> Verdict:
@@ -163,13 +174,23 @@ def _items(responses: Sequence[Record], scores: Sequence[float] | None) -> list[
 
 
 def _ask_the_judge(
-    run: Run, config: AuditConfig, queries: Sequence[Record], responses: Sequence[Record], found: dict[str, Any]
-) -> None:
-    """Put every rung to the judge, in both orders; a disagreement of the two is a tie, and a tie counts half."""
-    assert config.judge is not None
-    judge = Judge(Endpoint(**config.judge.model_dump()), run.path("audit", "judge"))
+    run: Run, queries: Sequence[Record], responses: Sequence[Record], figures: dict[str, Any]
+) -> dict[str, Any]:
+    """Put every rung to the judge, in both orders; a disagreement of the two is a tie, and a tie counts half.
+
+    Returns:
+        `figures` with what it says of each rung, and the mean score that it gave each configuration's responses.
+
+    Raises:
+        InputError: the server refuses, or pairs are left without a reply: the next run asks for these alone.
+    """
+    config = run.config.audit.judge
+    assert config is not None
+    judge = Judge(Endpoint(**config.model_dump()), run.path(REPLIES))
     texts = {(record["configuration"], record["query_id"]): record["text"] for record in responses}
-    for better, worse in itertools.pairwise(run.config.comparisons.configurations):
+    judged: dict[str, list[Record]] = {}
+    scores: dict[str, dict[str, list[float]]] = {name: {} for name in run.config.comparisons.configurations}
+    for better, worse in itertools.pairwise(scores):
         pairs = [
             {
                 "question_id": query["id"],
@@ -179,18 +200,32 @@ def _ask_the_judge(
             }
             for query in queries
         ]
-        summary = summarize(judge_pairs(pairs, judge), _bootstrap(run))
+        items = judged[f"{better} over {worse}"] = judge_pairs(pairs, judge)
+        for item in items:
+            for both in filter(None, item["scores"]):
+                for name, score in zip((better, worse), both, strict=True):
+                    scores[name].setdefault(item["question_id"], []).append(score)
+    bootstrap = _bootstrap(run)
+    summaries = {rung: summarize(items, bootstrap) for rung, items in judged.items()}
+    if lacking := sum(summary["not_judged"] for summary in summaries.values()):
+        reason = missing([item for items in judged.values() for item in items])[-1]
+        raise InputError(f"audit.judge: {lacking} pairs have no reply yet ({reason}); the same command asks for them")
+    for rung, summary in summaries.items():
         rate = summary["win_rate"]
         if rate is None:
-            run.say(f"audit: warning: {better} over {worse}: the judge gave no verdict that can be read")
+            run.say(f"audit: warning: {rung}: the judge gave no verdict that can be read")
             continue
-        found[f"{better} over {worse}"]["judge"] = {
+        figures["rungs"][rung]["judge"] = {
             **rate,
             "length_matched": summary["length_controlled"],
             "verdict": verdict(rate["ci95"]),
             "unparsed": summary["unparsed"],
-            "not_judged": summary["not_judged"],
         }
+    for name, given in scores.items():
+        if given:
+            found = interval(clusters(given, [query["id"] for query in queries]), bootstrap)
+            figures["configurations"].setdefault(name, {})["judge"] = found
+    return figures
 
 
 def _bootstrap(run: Run) -> Bootstrap:

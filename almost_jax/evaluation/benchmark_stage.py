@@ -19,7 +19,7 @@ from almost_jax.evaluation import vicuna
 from almost_jax.evaluation.answers import PLAIN, answer
 from almost_jax.evaluation.benchmarks import BENCHMARKS, Benchmark, evaluate
 from almost_jax.evaluation.duel import EndpointJudge, RewardJudge, check_judged, duel
-from almost_jax.evaluation.judge import Endpoint
+from almost_jax.evaluation.judge import REPLIES, Endpoint, Judge
 from almost_jax.evaluation.judge_prompts import SCORES
 from almost_jax.evaluation.statistics import Bootstrap
 from almost_jax.io.distributed import from_primary
@@ -103,10 +103,10 @@ def _vicuna(run: Run, settings: VicunaConfig) -> dict[str, Any]:
 
     def answers_of(name: str) -> list[Record]:
         if name not in answers:
-            asked = settings.prompt if name == VANILLA else PLAIN
+            how = settings.prompt if name == VANILLA else PLAIN
             run.say(f"vicuna: {name} answers {len(questions)} questions")
             with jax.set_mesh(run.sampling_mesh):
-                answers[name] = answer(models[name](), questions, asked, settings.sampling, seed, folder / name)
+                answers[name] = answer(models[name](), questions, how, settings.sampling, seed, folder / name)
         return answers[name]
 
     if settings.against in models:
@@ -115,6 +115,21 @@ def _vicuna(run: Run, settings: VicunaConfig) -> dict[str, Any]:
         raise InputError(f"evaluation.vicuna.against: the run has no {settings.against}; it has {', '.join(models)}")
     else:
         other = vicuna.read_answers(local_path(settings.against), questions)
+    asked: list[EndpointJudge] = []
+    if settings.judge != REWARD_MODEL:
+        # One process asks: a judge costs money, and need not answer twice alike. It is one judge for all models, so
+        # that its caps hold for the run.
+        from_primary(lambda: asked.append(_endpoint_judge(run, settings)))
+
+    def judged(name: str, mine: list[Record], path: Path) -> dict[str, Any]:
+        def by(judge: EndpointJudge | RewardJudge) -> dict[str, Any]:
+            return duel(questions, mine, other, judge, bootstrap, (name, settings.against), path)
+
+        if settings.judge == REWARD_MODEL:
+            with jax.set_mesh(run.sampling_mesh):
+                return by(_reward_judge(run, settings))
+        return from_primary(lambda: by(asked[0]))
+
     found: dict[str, Any] = {}
     for name in models:
         if name == settings.against:
@@ -122,20 +137,17 @@ def _vicuna(run: Run, settings: VicunaConfig) -> dict[str, Any]:
         path = folder / f"{name}.json"
         result = _finished(path)
         if result is None or result["not_judged"]:
-            mine = answers_of(name)
-            judge, names = _judge(run, settings), (name, settings.against)
-            call = partial(duel, questions, mine, other, judge, bootstrap, names, path)
-            with jax.set_mesh(run.sampling_mesh):
-                # One process asks: a judge costs money, and need not answer twice alike.
-                result = call() if settings.judge == REWARD_MODEL else from_primary(call)
+            result = judged(name, answers_of(name), path)
         check_judged(result, f"evaluation.vicuna: {name}")
         found[name] = _figures(result)
     return found
 
 
-def _judge(run: Run, settings: VicunaConfig) -> EndpointJudge | RewardJudge:
-    if settings.judge == REWARD_MODEL:
-        return RewardJudge(load_reward_model(run, "reward", alone=True), settings.sampling.batch_size)
+def _reward_judge(run: Run, settings: VicunaConfig) -> RewardJudge:
+    return RewardJudge(load_reward_model(run, "reward", alone=True), settings.sampling.batch_size)
+
+
+def _endpoint_judge(run: Run, settings: VicunaConfig) -> EndpointJudge:
     endpoint = Endpoint(
         url=settings.url,
         model=settings.judge,
@@ -148,7 +160,7 @@ def _judge(run: Run, settings: VicunaConfig) -> EndpointJudge | RewardJudge:
         max_requests=settings.max_requests,
         max_tokens=settings.max_tokens,
     )
-    return EndpointJudge(endpoint, SCORES, run.path("evaluation/vicuna/replies"))
+    return EndpointJudge(Judge(endpoint, run.path(REPLIES)), SCORES)
 
 
 def _models(run: Run, names: tuple[str, ...]) -> Iterator[tuple[str, Callable[[], Model]]]:

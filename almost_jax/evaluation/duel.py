@@ -12,7 +12,7 @@ from typing import Any
 
 from almost_jax.errors import InputError
 from almost_jax.evaluation import vicuna
-from almost_jax.evaluation.judge import Endpoint, Judge
+from almost_jax.evaluation.judge import Judge
 from almost_jax.evaluation.judge_prompts import JudgePrompt
 from almost_jax.evaluation.statistics import Bootstrap
 from almost_jax.io.models import Model
@@ -21,11 +21,10 @@ from almost_jax.io.records import Record, write_bytes
 
 @dataclass(frozen=True)
 class EndpointJudge:
-    """A judge over HTTP, how it is asked, and where its replies are kept."""
+    """A judge over HTTP, and what it is asked; over several duels its caps hold for all of them together."""
 
-    endpoint: Endpoint
+    judge: Judge
     prompt: JudgePrompt
-    cache: Path
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,8 @@ def duel(
         out: of the result, JSON.
 
     Returns:
-        What `vicuna.summarize` gives, with {"model", "against", "judge", "spent", "items"}; an item holds both answers.
+        What `vicuna.summarize` gives, with {"model", "against", "judge", "spent", "items"}; an item holds both answers,
+        and `spent` is what the judge has cost so far.
 
     Raises:
         InputError: the judge's server refuses; replies that came before are kept.
@@ -67,9 +67,8 @@ def duel(
         items, judged_by = vicuna.score_pairs(pairs, judge.model, judge.batch_size), judge.model.name
         spent = None
     else:
-        asked = Judge(judge.endpoint, judge.cache)
-        items, judged_by = vicuna.judge_pairs(pairs, asked, judge.prompt), judge.endpoint.model
-        spent = asdict(asked.spent)
+        items, judged_by = vicuna.judge_pairs(pairs, judge.judge, judge.prompt), judge.judge.endpoint.model
+        spent = asdict(judge.judge.spent)
     result = {
         "benchmark": "vicuna",
         "model": names[0],
@@ -95,7 +94,8 @@ def missing(items: Sequence[Record]) -> list[str]:
             if winner is None and reply["error"] is not None:
                 lost.append(f"question {item['question_id']}: {reply['error']}")
             elif winner is None:
-                unread.append(f"question {item['question_id']}: no verdict in {reply['text'][:120]!r}")
+                said = reply.get("refused") or f"no verdict in {reply['text'][:120]!r}"
+                unread.append(f"question {item['question_id']}: {said}")
     return unread + lost
 
 

@@ -2,7 +2,8 @@
 
 The prompt is FastChat's for the Vicuna questions: two scores from 1 to 10 on the first line, then the reasons. Every
 reply is kept on disk under the hash of its request the moment it arrives, so a killed or failed run pays for nothing
-twice. Faults that may pass (429, 5xx, time-outs, cut-off or unreadable bodies) are retried with growing pauses.
+twice. Faults that may pass (429, 5xx, time-outs, cut-off or unreadable bodies) are retried with growing pauses. An item
+that the server refuses (too long, filtered) or about which the judge says nothing is final: it is kept as such.
 """
 
 import hashlib
@@ -10,6 +11,7 @@ import json
 import math
 import os
 import re
+import tempfile
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -22,6 +24,10 @@ import tenacity
 
 from almost_jax.errors import InputError
 from almost_jax.io.records import write_bytes
+
+# Of a run's folder, outside every stage's outputs: what is paid for outlives the settings it was paid under. Names are
+# hashes of what was asked, so all stages share it.
+REPLIES = "judge_replies"
 
 SYSTEM = "You are a helpful and precise assistant for checking the quality of the answer."
 
@@ -56,6 +62,8 @@ _SCORES = re.compile(rf"{_NUMBER}(?:\s*,\s*|\s+){_NUMBER}")
 _TOP = 10.0
 _CHARACTERS_PER_TOKEN = 3  # on the careful side for English
 _PASSING = (408, 409, 425, 429)
+# What a server says of the one item that it was sent: too long, filtered, not to be processed.
+_OF_THE_ITEM = (400, 413, 414, 422)
 
 
 @dataclass(frozen=True)
@@ -89,10 +97,17 @@ class Endpoint:
 
 @dataclass(frozen=True)
 class Reply:
-    """What came of one item: the judge's text, or None and why there is none."""
+    """What came of one item.
+
+    Attributes:
+        text: the judge's; None when no reply came.
+        error: why none came.
+        refused: why the text is empty for good, in the words of the server or the judge; asking again changes nothing.
+    """
 
     text: str | None
     error: str | None = None
+    refused: str | None = None
 
 
 @dataclass
@@ -110,6 +125,10 @@ class _Passing(Exception):
     def __init__(self, message: str, after: float = 0.0) -> None:
         super().__init__(message)
         self.after = after
+
+
+class _Refused(Exception):
+    """The server refuses this one item, for good."""
 
 
 class _CapReached(Exception):
@@ -136,7 +155,7 @@ class Judge:
             cache: the folder of replies, one file each; made when absent.
 
         Raises:
-            InputError: a setting that can't be, or a key that no header can hold.
+            InputError: a setting that can't be, a key that no header can hold, or a folder that can't be written to.
         """
         if not endpoint.url.startswith(("http://", "https://")):
             raise InputError(f"judge url {endpoint.url!r}: expected http://... or https://...")
@@ -150,28 +169,46 @@ class Judge:
         if not (self._key.isascii() and (self._key.isprintable() or not self._key)):
             raise InputError(f"{endpoint.key_variable}: holds characters that no HTTP header can; expected plain ASCII")
         self._lock = threading.Lock()
+        try:
+            # A reply that is paid for must find its place.
+            self.cache.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.cache):
+                pass
+        except OSError as error:
+            raise InputError(f"{self.cache}: can't keep the judge's replies ({error.strerror})") from error
 
     def ask(self, chats: Sequence[list[dict[str, str]]]) -> list[Reply]:
         """A reply for each chat, in order. Equal chats are asked once; what is on disk isn't asked at all.
 
         Raises:
-            InputError: the server refuses the request itself (a wrong key, model or address); replies that came before
-                are kept.
+            InputError: the server refuses the request itself (a wrong key, model or address), or every single item;
+                replies that came before are kept.
         """
         bodies = {self._name(chat): self._body(chat) for chat in chats}
         found = {name: reply for name in bodies if (reply := self._stored(name)) is not None}
         self.spent.cached += len(found)
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         missing = [name for name in bodies if name not in found]
+        refused: dict[str, Reply] = {}
         with httpx2.Client(headers=headers, timeout=self.endpoint.timeout) as client:
             pool = ThreadPoolExecutor(self.endpoint.concurrency)
             try:
                 asked = {pool.submit(self._one, client, name, bodies[name]): name for name in missing}
                 for future in as_completed(asked):
-                    found[asked[future]] = future.result()
+                    try:
+                        found[asked[future]] = future.result()
+                    except _Refused as fault:
+                        refused[asked[future]] = Reply("", refused=str(fault))
             finally:
                 # After a refusal or Ctrl-C: nothing new is sent, replies under way are still kept.
                 pool.shutdown(cancel_futures=True)
+        if refused and not any(reply.text for reply in found.values()):
+            # Then it isn't the items.
+            reason = next(iter(refused.values())).refused
+            raise InputError(f"judge {self.endpoint.url}: refused all that it was asked with {reason}")
+        for name, reply in refused.items():
+            self._keep(name, reply)
+        found |= refused
         return [found[self._name(chat)] for chat in chats]
 
     def _body(self, chat: list[dict[str, str]]) -> dict[str, Any]:
@@ -189,14 +226,21 @@ class Judge:
 
     def _stored(self, name: str) -> Reply | None:
         try:
-            text = json.loads((self.cache / f"{name}.json").read_text(encoding="utf-8"))["text"]
+            kept = json.loads((self.cache / f"{name}.json").read_text(encoding="utf-8"))
+            text, refused = kept["text"], kept.get("refused")
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"{self.cache / name}.json: no reply of a judge ({error}); delete it to ask anew"
             ) from error
-        return Reply(str(text))
+        return Reply(_as_text(str(text)), refused=None if refused is None else str(refused))
+
+    def _keep(self, name: str, reply: Reply) -> None:
+        stored = {"text": reply.text, "model": self.endpoint.model}
+        if reply.refused is not None:
+            stored["refused"] = reply.refused
+        write_bytes(self.cache / f"{name}.json", json.dumps(stored).encode())
 
     def _one(self, client: httpx2.Client, name: str, body: dict[str, Any]) -> Reply:
         growing = tenacity.wait_random_exponential(multiplier=self.endpoint.pause, max=60)
@@ -212,14 +256,13 @@ class Judge:
             reraise=True,
         )
         try:
-            text = retrying(self._send, client, body)
+            reply = retrying(self._send, client, body)
         except (_Passing, _CapReached) as error:
             return Reply(None, str(error))
-        stored = {"text": text, "model": self.endpoint.model}
-        write_bytes(self.cache / f"{name}.json", json.dumps(stored).encode())
-        return Reply(text)
+        self._keep(name, reply)
+        return reply
 
-    def _send(self, client: httpx2.Client, body: dict[str, Any]) -> str:
+    def _send(self, client: httpx2.Client, body: dict[str, Any]) -> Reply:
         feared = self._reserve(body)
         try:
             response = client.post(f"{self.endpoint.url.rstrip('/')}/chat/completions", json=body)
@@ -234,27 +277,35 @@ class Judge:
             raise _Passing(f"HTTP {response.status_code}", _seconds(response.headers.get("retry-after")))
         if response.status_code != 200:
             self._settle(feared, 0)
-            said = self._excerpt(response, 300)
-            raise InputError(f"judge {self.endpoint.url}: refused with HTTP {response.status_code}: {said}")
+            said = f"HTTP {response.status_code}: {self._excerpt(response.text, 300)}"
+            if response.status_code in _OF_THE_ITEM:
+                raise _Refused(said)
+            raise InputError(f"judge {self.endpoint.url}: refused with {said}")
         return self._content(response, feared)
 
-    def _content(self, response: httpx2.Response, feared: int) -> str:
+    def _content(self, response: httpx2.Response, feared: int) -> Reply:
         try:
             found = response.json()
-            text = found["choices"][0]["message"]["content"]
-        except (ValueError, LookupError, TypeError):
-            raise _Passing(f"a body that is no chat completion: {self._excerpt(response, 80)!r}") from None
-        if not isinstance(text, str):
-            raise _Passing(f"a chat completion without text: {text!r}")
+            choice = found["choices"][0]
+            message = choice["message"]
+            text = message.get("content") if "refusal" in message else message["content"]
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            raise _Passing(f"a body that is no chat completion: {self._excerpt(response.text, 80)}") from None
+        if text is not None and not isinstance(text, str):
+            raise _Passing(f"a chat completion without text: {self._excerpt(str(text), 80)}")
         usage = found.get("usage")
         billed = usage.get("total_tokens") if isinstance(usage, dict) else None
         self._settle(feared, billed if isinstance(billed, int) else feared)
-        return text
+        if text is None:
+            # Billed all the same, and the next time would be too.
+            why = message.get("refusal") or choice.get("finish_reason")
+            return Reply("", refused=f"no text ({self._excerpt(str(why), 300)})")
+        return Reply(_as_text(text))
 
-    def _excerpt(self, response: httpx2.Response, size: int) -> str:
-        """The start of a body on one line, without the key: servers repeat it in their complaints."""
-        said = " ".join(response.text.split())
-        return (said.replace(self._key, "[key]") if self._key else said)[:size]
+    def _excerpt(self, text: str, size: int) -> str:
+        """The start of what a server said, as `repr` has it on one line, without the key: some repeat it."""
+        said = " ".join(text.split())
+        return ascii((said.replace(self._key, "[key]") if self._key else said)[:size])
 
     def _reserve(self, body: dict[str, Any]) -> int:
         """Count a request and set its tokens aside, so that requests in flight can't go over the cap together."""
@@ -272,6 +323,11 @@ class Judge:
     def _settle(self, feared: int, billed: int) -> None:
         with self._lock:
             self.spent.tokens += billed - feared
+
+
+def _as_text(text: str) -> str:
+    """A text that UTF-8 can hold: JSON's escapes can name halves of surrogate pairs."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _seconds(header: str | None) -> float:

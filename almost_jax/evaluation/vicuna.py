@@ -138,7 +138,7 @@ def judged_item(pair: Record, straight: Reply, swapped: Reply, prompt: JudgeProm
     Returns:
         {"question_id", "verdict": win, tie, loss or None, "winners": 1, 0 or -1 by order (1: `first` is better; None:
         unread), "scores": [first, second] by order (None where the prompt asks for a letter), "lengths": characters of
-        both, "replies": text and error by order}.
+        both, "replies": the fields of `Reply` by order}.
     """
     winners: list[int | None] = []
     scores: list[list[float] | None] = []

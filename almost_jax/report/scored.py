@@ -39,6 +39,7 @@ def audit_section(audit: Mapping[str, Any] | None) -> Section:
             SCORERS[scorer].removeprefix("the "),
             number(rung[scorer]["mean"]),
             span(rung[scorer]["ci95"], ".3f"),
+            str(rung[scorer]["n"]),
             number(matched["mean"] if (matched := rung[scorer]["length_matched"]) else None),
             number(rung["longer"]),
             VERDICT_NAMES[rung[scorer]["verdict"]],
@@ -55,13 +56,28 @@ def audit_section(audit: Mapping[str, Any] | None) -> Section:
             f"n = {n} queries the better configuration's response was the longer one in these shares: {lengths}."
         )
         return Section(title, [said])
-    header = ("rung", "rule", "asked", "agreement", "95% interval", "length-matched", "better is longer", "verdict")
+    header = (
+        "rung", "rule", "asked", "agreement", "95% interval", "n", "length-matched", "better is longer", "verdict"
+    )  # fmt: skip
     caption = (
-        f"The assumption audit, before anything was built on the rule: the share of n = {n} queries to which the "
-        "better configuration's response is preferred, ties counting half. A rung holds when the interval lies above "
-        "one half; within noise it adds pairs that are right by chance."
+        f"The assumption audit, before anything was built on the rule: of {n} queries the share to which the better "
+        "configuration's response is preferred, ties counting half; n are those of which the one asked gave a verdict. "
+        "A rung holds when the interval lies above one half; within noise it adds pairs that are right by chance."
     )
-    return Section(title, [TableBlock(Table(header, rows, (3, 4, 5, 6)), caption)])
+    blocks: list[Block] = [TableBlock(Table(header, rows, (3, 4, 5, 6, 7)), caption)]
+    scores = [
+        (name, SCORERS[scorer].removeprefix("the "), number(one["mean"]), span(one["ci95"], ".3f"), str(one["n"]))
+        for name, by_scorer in audit.get("configurations", {}).items()
+        for scorer, one in by_scorer.items()
+    ]
+    if scores:
+        caption = (
+            "Mean score of each configuration's responses to the audit's queries: of the as-is reward model in "
+            "standard deviations of its reference samples, of the judge from 1 to 10 over every reading of every rung."
+        )
+        table = Table(("configuration", "by", "score", "95% interval", "n"), scores, (2, 3, 4))
+        blocks.append(TableBlock(table, caption))
+    return Section(title, blocks)
 
 
 def step_rows(scores: Scores) -> list[tuple[str, ...]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from almost_jax.errors import InputError
 from almost_jax.evaluation import audit
 from almost_jax.io.records import read_records
 from almost_jax.io.run import Run
@@ -85,41 +86,75 @@ def test_off_it_does_nothing(auditing: Callable[..., Run]) -> None:
     assert not run.path("audit").exists()
 
 
+class Asked(ThreadingHTTPServer):
+    """A judge that prefers what is shown first, whatever it is, up to `patience` requests."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+        self.requests = 0
+        self.patience = 1000
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Asked
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["content-length"]))
+        self.server.requests += 1
+        reply = json.dumps({"choices": [{"message": {"content": "9 2\nThe first."}}]}).encode()
+        self.send_response(200 if self.server.requests <= self.server.patience else 503)
+        self.send_header("content-length", str(len(reply)))
+        self.end_headers()
+        self.wfile.write(reply)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
 @pytest.fixture
-def endpoint() -> Iterator[str]:
-    """A judge that prefers what is shown first, whatever it is."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            self.rfile.read(int(self.headers["content-length"]))
-            reply = json.dumps({"choices": [{"message": {"content": "9 2\nThe first."}}]}).encode()
-            self.send_response(200)
-            self.send_header("content-length", str(len(reply)))
-            self.end_headers()
-            self.wfile.write(reply)
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/v1"
-    server.shutdown()
-    server.server_close()
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Asked]:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    running = Asked()
+    threading.Thread(target=running.serve_forever, daemon=True).start()
+    yield running
+    running.shutdown()
+    running.server_close()
 
 
 def test_27_a_judge_who_prefers_the_first_place_gives_ties_and_is_asked_once(
-    auditing: Callable[..., Run], endpoint: str
+    auditing: Callable[..., Run], server: Asked
 ) -> None:
-    run = auditing(judge={"url": endpoint, "model": "judge", "pause": 0.0, "attempts": 1})
+    judge = {"url": server.url, "model": "judge", "pause": 0.0, "attempts": 1}
+    run = auditing(judge=judge)
     summary = audit.run_stage(run)
     assert summary["A over B"]["judge"] == "noise"
-    rung = json.loads(run.path("audit", "audit.json").read_text())["rungs"]["A over B"]["judge"]
-    assert rung["mean"] == 0.5 and rung["n"] == 3 and rung["unparsed"] == rung["not_judged"] == 0
+    figures = json.loads(run.path("audit", "audit.json").read_text())
+    rung = figures["rungs"]["A over B"]["judge"]
+    assert rung["mean"] == 0.5 and rung["n"] == 3 and rung["unparsed"] == 0
     assert "the judge agrees in 50% of n = 3" in said(run)
-    replies = len(list(run.path("audit", "judge").iterdir()))
-    # What is on disk is not asked again: without a server the same figures come out.
-    again = auditing(judge={"url": endpoint, "model": "judge", "pause": 0.0, "attempts": 1, "max_requests": 1})
-    audit.run_stage(again)
-    assert len(list(run.path("audit", "judge").iterdir())) == replies <= 6
-    assert json.loads(run.path("audit", "audit.json").read_text())["rungs"]["A over B"]["judge"] == rung
+    for name in "AB":
+        scores = figures["configurations"][name]["judge"]
+        assert scores["mean"] == 5.5 and scores["n"] == 6
+        assert figures["configurations"][name]["as_is"]["n"] == 3
+    assert 0 < server.requests <= 6
+    # What is on disk is not asked again, even when the stage starts anew: without a server the same figures come out.
+    asked, server.patience = server.requests, 0
+    shutil.rmtree(run.path("audit"))
+    audit.run_stage(auditing(judge={**judge, "max_requests": 1}))
+    assert server.requests == asked
+    assert json.loads(run.path("audit", "audit.json").read_text()) == figures
+
+
+def test_pairs_without_a_reply_are_asked_again(auditing: Callable[..., Run], server: Asked) -> None:
+    judge = {"url": server.url, "model": "judge", "pause": 0.0, "attempts": 1, "concurrency": 1}
+    server.patience = 1
+    run = auditing(judge=judge)
+    with pytest.raises(InputError, match=r"audit.judge: \d pairs have no reply yet \(question .*HTTP 503\); the same"):
+        audit.run_stage(run)
+    assert not run.path("audit", "audit.json").exists()
+    asked, server.patience = server.requests, 1000
+    audit.run_stage(run)
+    assert server.requests == 2 * asked - 1, "what came is not asked again"
+    assert json.loads(run.path("audit", "audit.json").read_text())["rungs"]["A over B"]["judge"]["n"] == 3

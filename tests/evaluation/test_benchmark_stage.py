@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from rich.console import Console
 from almost_jax.commands.places import one_device
 from almost_jax.errors import InputError
 from almost_jax.evaluation import benchmark_stage as stage
+from almost_jax.evaluation.judge import Judge, Reply
 from almost_jax.experiments import load_experiment
 from almost_jax.io.models import load_model, save_model
 from almost_jax.io.records import write_records
@@ -119,3 +121,28 @@ def test_vicuna_without_replies_fails_and_says_what_is_missing(folder: Path, mon
         stage.run_stage(run)
     with pytest.raises(InputError, match="the run has no rlsf; it has vanilla, sft"):
         stage.run_stage(make_run(folder, vicuna(folder, against="rlsf")))
+
+
+def test_the_judges_caps_hold_for_all_models_together_and_its_replies_outlive_the_stage(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    sent = []
+
+    def send(self: Judge, client: object, body: dict[str, Any]) -> Reply:
+        self._reserve(body)
+        sent.append(body)
+        return Reply("8 6")
+
+    monkeypatch.setattr(Judge, "_send", send)
+    settings = {"judge": "judge-1", "url": "http://127.0.0.1:9/v1", "attempts": 1, "pause": 0.0, "concurrency": 1}
+    # Another prompt, so that the two models don't answer alike.
+    given = {**settings, "against": f"{folder}/answers.jsonl", "prompt": "microworld:hhh:1"}
+    for path in (folder / "run/evaluation/vicuna").glob("*.json"):
+        path.unlink()
+    with pytest.raises(InputError, match=r"vicuna: sft: 1 of 2 pairs .*the cap of 6 requests is reached"):
+        stage.run_stage(make_run(folder, vicuna(folder, **given, max_requests=6)))
+    assert len(sent) == 6
+    shutil.rmtree(folder / "run/evaluation/vicuna")
+    found = stage.run_stage(make_run(folder, vicuna(folder, **given, max_requests=2)))
+    assert list(found["vicuna"]) == ["vanilla", "sft"] and len(sent) == 8
+    assert len(list((folder / "run/judge_replies").iterdir())) == 8

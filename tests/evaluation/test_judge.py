@@ -16,6 +16,7 @@ import pytest
 from almost_jax import cli
 from almost_jax.errors import InputError
 from almost_jax.evaluation import vicuna
+from almost_jax.evaluation.duel import missing
 from almost_jax.evaluation.judge import Endpoint, Judge, Reply, parse_scores
 from almost_jax.evaluation.judge_prompts import SCORES, read_prompt
 from almost_jax.evaluation.statistics import Bootstrap
@@ -75,7 +76,11 @@ class Handler(BaseHTTPRequestHandler):
             return self.send(200, b"<html>busy</html>")
         if fault == "empty":
             return self.send(200, b'{"choices": []}')
+        if fault == "nested":
+            return self.send(200, b"[" * 100_000)
         message = {"role": "assistant", "content": self.server.answer(text)}
+        if fault == "null":
+            message = {"role": "assistant", "content": None, "refusal": "I \x1b[31mrefuse."}
         data = json.dumps({"choices": [{"message": message}], "usage": {"total_tokens": 10}}).encode()
         if fault == "cut":
             return self.send(200, data, len(data) + 50)
@@ -132,7 +137,7 @@ def pairs(size: int) -> list[dict[str, Any]]:
     ]
 
 
-@pytest.mark.parametrize("fault", ["429", "500", "503", "slow", "cut", "garbage", "empty"])
+@pytest.mark.parametrize("fault", ["429", "500", "503", "slow", "cut", "garbage", "empty", "nested"])
 def test_a_fault_that_passes_loses_nothing_and_pays_once(server: Server, tmp_path: Path, fault: str) -> None:
     server.fault = lambda text, time: fault if time == 1 else None
     judge = Judge(endpoint(server.url, timeout=1.0 if fault == "slow" else 20.0), tmp_path)
@@ -177,6 +182,67 @@ def test_a_refusal_ends_the_run_keeps_what_came_and_hides_the_key(server: Server
     again.ask(chats(4))
     assert again.spent.cached == 3 and set(server.paid.values()) == {1}
     assert not any(KEY in path.read_text(encoding="utf-8") for path in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("fault", ["400", "413", "422", "null"])
+def test_an_item_that_is_refused_is_final_and_stands_alone(server: Server, tmp_path: Path, fault: str) -> None:
+    server.fault = lambda text, time: fault if "question 1?" in text else None
+    judge = Judge(endpoint(server.url), tmp_path)
+    items = vicuna.judge_pairs(pairs(3), judge)
+    found = vicuna.summarize(items, BOOTSTRAP)
+    assert (found["tie"], found["unparsed"], found["not_judged"]) == (2, 1, 0) and judge.spent.requests == 6
+    shown = missing(items)
+    assert len(shown) == 2 and all(KEY not in line and "\x1b" not in line for line in shown)
+    said = r"no text ('I \x1b[31mrefuse.')" if fault == "null" else f"HTTP {fault}: '{{"
+    assert shown[0].startswith(f"question 1: {said}")
+    again = Judge(endpoint(server.url), tmp_path)
+    assert vicuna.judge_pairs(pairs(3), again) == items and again.spent.requests == 0
+
+
+def test_when_every_item_is_refused_it_is_not_the_items(server: Server, tmp_path: Path) -> None:
+    server.fault = lambda text, time: "400"
+    with pytest.raises(InputError, match=r"refused all that it was asked with HTTP 400: .*\[key\]") as error:
+        Judge(endpoint(server.url), tmp_path).ask(chats(3))
+    assert KEY not in str(error.value) and not list(tmp_path.iterdir())
+    server.fault = lambda text, time: None
+    assert all(reply.text for reply in Judge(endpoint(server.url), tmp_path).ask(chats(3)))
+
+
+@pytest.mark.parametrize("code", ["401", "402", "403", "404"])
+def test_a_refusal_of_the_caller_is_no_items_own(server: Server, tmp_path: Path, code: str) -> None:
+    server.fault = lambda text, time: code if "question 1?" in text else None
+    with pytest.raises(InputError, match=f"refused with HTTP {code}"):
+        Judge(endpoint(server.url), tmp_path).ask(chats(3))
+
+
+def test_half_a_surrogate_pair_in_a_reply_can_be_written(server: Server, tmp_path: Path) -> None:
+    server.answer = lambda text: "8 6\nhalf \ud83d"
+    for _ in range(2):
+        (reply,) = Judge(endpoint(server.url), tmp_path).ask(chats(1))
+        assert reply.text == "8 6\nhalf ?"
+    assert sum(server.asked.values()) == 1
+
+
+def test_a_cache_that_cannot_be_written_is_told_before_anything_is_asked(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("kept")
+    for folder in (tmp_path / "file", tmp_path / "file" / "replies"):
+        with pytest.raises(InputError, match="can't keep the judge's replies"):
+            Judge(endpoint(server.url), folder)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [("--top-p", "0", "above 0"), ("--top-p", "1.5", "at most 1"), ("--top-p", "nan", "above 0"),
+     ("--temperature", "inf", "finite")],
+)  # fmt: skip
+def test_bad_sampling_is_one_line(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, value: str, said: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*arguments_of(server, tmp_path, pairs(1)), option, value])
+    line = capsys.readouterr().err
+    assert ended.value.code == 2 and f"{option} {value.removesuffix('.0')}" in line and said in line
+    assert not server.asked
 
 
 @pytest.mark.parametrize("cap", [{"max_requests": 3}, {"max_tokens": 1200}])

@@ -21,7 +21,7 @@ AUDIT = {
     "queries": 25,
     "rungs": {
         "A over B": {"rule": "demonstrations", "longer": 0.8123, "as_is": AGREEMENT},
-        "B over C": {"rule": "shots", "longer": 0.5231, "as_is": COIN, "judge": AGREEMENT},
+        "B over C": {"rule": "shots", "longer": 0.5231, "as_is": COIN, "judge": {**AGREEMENT, "n": 19}},
     },
 }
 
@@ -88,13 +88,27 @@ def test_the_audit_names_rule_scorer_interval_and_verdict(scored_run: Path) -> N
     (block,) = section.blocks
     rows = block.table.rows  # type: ignore[union-attr]
     assert rows[0] == (
-        "A over B", "demonstrations", "as-is reward model", "0.731", "0.612 to 0.823", "0.542", "0.812", "✓ holds"
+        "A over B", "demonstrations", "as-is reward model", "0.731", "0.612 to 0.823", "25", "0.542", "0.812",
+        "✓ holds",
     )  # fmt: skip
-    assert rows[1][2:] == ("as-is reward model", "0.499", "0.401 to 0.598", "–", "0.523", "~ within noise")
-    assert rows[2][2] == "judge"
+    assert rows[1][2:] == ("as-is reward model", "0.499", "0.401 to 0.598", "25", "–", "0.523", "~ within noise")
+    assert rows[2][2] == "judge" and rows[2][5] == "19", "each scorer has an n of its own"
     assert scored.audit_section(None).blocks == []
     alone: dict[str, Any] = {"queries": 9, "rungs": {"A over B": {"rule": "shots", "longer": 0.44}}}
     assert "A over B 0.44" in str(scored.audit_section(alone).blocks[0])
+
+
+def test_the_audit_shows_the_scores_of_each_configuration() -> None:
+    means = {
+        "A": {"as_is": {"mean": 0.5126, "ci95": [0.1, 0.9], "n": 25}, "judge": {"mean": 8.25, "ci95": [8, 9], "n": 50}},
+        "B": {"judge": {"mean": 4.5, "ci95": [4, 5], "n": 100}},
+    }
+    table = scored.audit_section({**AUDIT, "configurations": means}).blocks[1].table  # type: ignore[union-attr]
+    assert table.rows == [
+        ("A", "as-is reward model", "0.513", "0.100 to 0.900", "25"),
+        ("A", "judge", "8.250", "8.000 to 9.000", "50"),
+        ("B", "judge", "4.500", "4.000 to 5.000", "100"),
+    ]
 
 
 def test_the_final_table_has_every_step_by_every_measure(scored_run: Path) -> None:
