@@ -207,7 +207,9 @@ def self_play_samples(records: Sequence[Record]) -> list[Block]:
         replies = [_turn(turn) for turn in turns[1:]]
         if replies:
             blocks.append(Dialogue(turns[0]["text"], "self-play", replies))
-    return [f"Every {step}th dialogue of guided self-play.", *blocks] if blocks else []
+    outgrown = sum(record.get("outgrown", False) for record in records)
+    early = f" {outgrown} of {len(records)} ended early for want of positions." if outgrown else ""
+    return [f"Every {step}th dialogue of guided self-play.{early}", *blocks] if blocks else []
 
 
 def _turn(turn: Mapping[str, Any]) -> tuple[str, str, str]:
