@@ -128,6 +128,11 @@ def play(run: Run, name: str, n: int, scorer: RewardScorer | None) -> dict[str, 
     if run.exists(f"{name}.jsonl") and [record["query_id"] for record in read_records(path)] == expected:
         # The stage was stopped after this file: what is finished isn't played again.
         return summarize(read_records(path))
+    if len(queries) < config.queries:
+        run.say(
+            f"{name}: {len(queries)} dialogues instead of the {config.queries} of demonstrations.queries; each query "
+            "begins one, and there are no more"
+        )
     lasting = config.assistant.model == config.user.model
     assistant = _speaker(run, config.assistant, config.sampling, f"{name}/assistant", lasting)
     user = _speaker(run, config.user, config.user_sampling, f"{name}/user", lasting)

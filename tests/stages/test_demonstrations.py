@@ -283,7 +283,9 @@ def test_queries_too_long_for_the_model_do_not_stop_the_others(
     assert len(records) == summary["dialogues"] == 7 and summary["outgrown"] == 2
     assert [turn["role"] for turn in records["ll"]["turns"]] == ["human"]
     assert [turn["role"] for turn in records["l"]["turns"]] == ["human", "assistant"]
-    assert "2 of 7 dialogues ended early" in run.console.file.getvalue()  # type: ignore[attr-defined]
+    said = run.console.file.getvalue()  # type: ignore[attr-defined]
+    assert "2 of 7 dialogues ended early" in said
+    assert "guided: 7 dialogues instead of the 10 of demonstrations.queries" in said
 
     # The others' records are those of a run without the long ones.
     alone = make_run(tmp_path / "alone")
