@@ -8,6 +8,7 @@ import yaml
 from almost_jax.config import ExperimentConfig, Section
 from almost_jax.errors import InputError
 from almost_jax.experiments import dump_experiment, load_experiment, load_sweep
+from almost_jax.stages.instructions import load_instructions
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 MICROWORLD = EXPERIMENTS / "microworld.yaml"
@@ -35,6 +36,15 @@ def test_every_shipped_experiment_loads(path: Path) -> None:
         assert len({config.name for _, config in points}) == len(points)
     else:
         assert load_experiment(path, []).name == path.stem
+
+
+@pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_experiment_has_the_queries_that_it_plays_and_is_evaluated(path: Path) -> None:
+    swept = "sweep" in yaml.safe_load(path.read_text(encoding="utf-8"))
+    for config in [point for _, point in load_sweep(path, []).points] if swept else [load_experiment(path, [])]:
+        assert config.demonstrations.queries <= config.queries.count
+        questions = config.evaluation.questions
+        assert config.evaluation.gold or (questions and len(load_instructions(questions)) >= config.evaluation.queries)
 
 
 def test_every_key_of_a_section_stands_in_its_place() -> None:

@@ -4,7 +4,7 @@ Every figure is from evaluation/scores.json, audit/audit.json, the reward models
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from almost_jax.config import OverOptimisationConfig, PpoConfig
@@ -14,7 +14,7 @@ from almost_jax.evaluation.statistics import agreement
 from almost_jax.io.records import Record
 from almost_jax.report import plots
 from almost_jax.report.blocks import INTERVALS, Block, Dialogue, FigureBlock, Section, TableBlock
-from almost_jax.report.tables import FILTER_NAMES, POLICY_NAMES, SOURCE_NAMES, Table, number, span
+from almost_jax.report.tables import FILTER_NAMES, POLICY_NAMES, SOURCE_NAMES, Claim, Table, number, span
 
 MEASURE_NAMES = {"reward": "reward model", "as_is": "as-is reward model"}
 PICKS = {**MEASURE_NAMES, "gold": "gold score"}
@@ -80,11 +80,28 @@ def audit_section(audit: Mapping[str, Any] | None) -> Section:
     return Section(title, blocks)
 
 
+def _steps(scores: Scores) -> Iterator[tuple[str, str, Scores, Scores, Scores]]:
+    """Every step of the method by every measure: its text, the measure, the means of both sides, the gain."""
+    groups: tuple[tuple[Scores, Scores, Mapping[str, str]], ...] = (
+        (scores["configurations"], scores["gaps"], {}),
+        (scores["best_of_n"], scores["best_of_n"].get("gains", {}), {}),
+        (scores["demonstrations"], scores["demonstration_gains"], SOURCE_NAMES),
+        (scores["policies"], scores["steps"], POLICY_NAMES),
+    )
+    for means, gains, names in groups:
+        for name, by_measure in gains.items():
+            better, worse = name.split(" - ")
+            text = f"{names.get(better, better)} over {names.get(worse, worse)}"
+            if better.isdigit():
+                text = f"reward model's choice of {better} over the first sample"
+            for measure, gain in by_measure.items():
+                yield text, measure, means[worse], means[better], gain
+
+
 def step_rows(scores: Scores) -> list[tuple[str, ...]]:
     """Every step of the method: its text, the score before and after, the gain, the part that length leaves."""
     rows: list[tuple[str, ...]] = []
-
-    def add(text: str, measure: str, worse: Scores, better: Scores, gain: Scores) -> None:
+    for text, measure, worse, better, gain in _steps(scores):
         level = gain["at_equal_length"]
         rows.append(
             (
@@ -99,22 +116,49 @@ def step_rows(scores: Scores) -> list[tuple[str, ...]]:
                 f"{better['characters'] - worse['characters']:+.0f}",
             )
         )
-
-    groups: tuple[tuple[Scores, Scores, Mapping[str, str]], ...] = (
-        (scores["configurations"], scores["gaps"], {}),
-        (scores["best_of_n"], scores["best_of_n"].get("gains", {}), {}),
-        (scores["demonstrations"], scores["demonstration_gains"], SOURCE_NAMES),
-        (scores["policies"], scores["steps"], POLICY_NAMES),
-    )
-    for means, gains, names in groups:
-        for name, by_measure in gains.items():
-            better, worse = name.split(" - ")
-            text = f"{names.get(better, better)} over {names.get(worse, worse)}"
-            if better.isdigit():
-                text = f"reward model's choice of {better} over the first sample"
-            for measure, gain in by_measure.items():
-                add(text, measure, means[worse], means[better], gain)
     return rows
+
+
+def claims(scores: Scores) -> list[Claim]:
+    """Every step as a claim by each measure, as it is and at equal length."""
+    found = []
+    for text, measure, worse, better, gain in _steps(scores):
+        means = worse[measure]["mean"], better[measure]["mean"]
+        for part, end in ((gain, ""), (gain["at_equal_length"], ", at equal length")):
+            if part is not None:
+                named = f"{text}, by the {MEASURE_NAMES[measure]}{end}"
+                found.append(Claim("steps", named, *means, part["difference"], tuple(part["ci95"])))
+    return found
+
+
+def figures(scores: Scores, rewards: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """The headline figures by name, for tables over several runs; what a run lacks is left out.
+
+    Args:
+        scores: evaluation/scores.json.
+        rewards: the evaluation.json of the reward models that were trained, by stage.
+    """
+    found: dict[str, float | None] = {}
+    for stage, own in rewards.items():
+        name = MEASURE_NAMES["as_is" if stage == "as_is_reward" else "reward"]
+        found[f"pairs trained on, {name}"] = own.get("pairs")
+        found[f"accuracy on held-out pairs, {name}"] = own.get("accuracy")
+        found[f"accuracy on held-out pairs, {name}, length-matched"] = own.get("length_matched_accuracy")
+        found[f"accuracy on held-out pairs of the {name}, the longer one wins"] = own.get("longer_wins_accuracy")
+    groups: tuple[tuple[str, Scores, Mapping[str, str]], ...] = (
+        ("configuration ", scores["configurations"], {}),
+        ("best of ", {name: means for name, means in scores["best_of_n"].items() if name != "gains"}, {}),
+        ("demonstrations, ", scores["demonstrations"], SOURCE_NAMES),
+        ("policy, ", scores["policies"], POLICY_NAMES),
+    )
+    for start, means, names in groups:
+        for name, figure in means.items():
+            label = f"{start}{names.get(name, name)}"
+            for measure in MEASURE_NAMES:
+                if measure in figure:
+                    found[f"{label}, by the {MEASURE_NAMES[measure]}"] = figure[measure]["mean"]
+            found[f"{label}, characters"] = figure["characters"]
+    return {name: float(value) for name, value in found.items() if value is not None}
 
 
 def steps_table(scores: Scores) -> Table:
@@ -223,7 +267,9 @@ def self_play_samples(records: Sequence[Record]) -> list[Block]:
         replies = [_turn(turn) for turn in turns[1:]]
         if replies:
             blocks.append(Dialogue(turns[0]["text"], "self-play", replies))
-    return [f"Every {step}th dialogue of guided self-play.", *blocks] if blocks else []
+    outgrown = sum(record.get("outgrown", False) for record in records)
+    early = f" {outgrown} of {len(records)} ended early for want of positions." if outgrown else ""
+    return [f"Every {step}th dialogue of guided self-play.{early}", *blocks] if blocks else []
 
 
 def _turn(turn: Mapping[str, Any]) -> tuple[str, str, str]:

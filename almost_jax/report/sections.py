@@ -93,17 +93,23 @@ def load_json(path: Path) -> dict[str, Any] | None:
     return content
 
 
+def load_rewards(directory: Path) -> dict[str, dict[str, Any]]:
+    """The evaluation.json of each reward model that a run has trained, by stage.
+
+    Raises:
+        InputError: one isn't JSON.
+    """
+    found = {stage: load_json(directory / stage / "evaluation.json") for stage in ("as_is_reward", "reward")}
+    return {stage: figures for stage, figures in found.items() if figures is not None}
+
+
 def sections(material: Material) -> list[Section]:
     """The whole report, without sections that would be empty. Call inside `plots.style()`."""
     found = [scored.audit_section(material.audit)]
     if material.gold is not None:
         found += _judged(material, material.gold)
     elif material.scores is not None:
-        rewards = {
-            stage: figures
-            for stage in ("as_is_reward", "reward")
-            if (figures := load_json(material.directory / stage / "evaluation.json")) is not None
-        }
+        rewards = load_rewards(material.directory)
         found += scored.sections(material.config, material.scores, rewards, _labels(material), _comparisons(material))
     else:
         found.append(Section("Comparisons", _comparisons(material)))

@@ -2,18 +2,52 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from almost_jax.evaluation.statistics import t_interval
 from almost_jax.io.records import write_bytes
+from almost_jax.report import scored
 from almost_jax.report.blocks import Section, TableBlock
 from almost_jax.report.page import environment
-from almost_jax.report.sections import load_json
+from almost_jax.report.sections import load_json, load_rewards
 from almost_jax.report.tables import Claim, Table, as_markdown, claims, figures, number, span
 from almost_jax.report.text import markdown, one_line
 
 POINTS_SHOWN = 6  # with more points than this their single values stay in sweep.json
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one run: its figures by name, and what it says of each claim.
+
+    `by_gold`: by the gold score, else by the run's own reward models.
+    """
+
+    figures: Mapping[str, float]
+    claims: Sequence[Claim]
+    by_gold: bool
+
+
+def outcome(folder: Path) -> Outcome | None:
+    """What came of a run, from gold.json or else scores.json and the reward models' evaluation.json; None without.
+
+    Raises:
+        InputError: a file is damaged.
+    """
+    gold = load_json(folder / "evaluation" / "gold.json")
+    if gold is not None:
+        return of_gold(gold)
+    scores = load_json(folder / "evaluation" / "scores.json")
+    if scores is None:
+        return None
+    return Outcome(scored.figures(scores, load_rewards(folder)), scored.claims(scores), by_gold=False)
+
+
+def of_gold(gold: Mapping[str, Any]) -> Outcome:
+    """What gold.json says."""
+    return Outcome(figures(gold), claims(gold), by_gold=True)
 
 
 def write_sweep(directory: Path, points: Sequence[tuple[str, Path]]) -> str:
@@ -21,22 +55,23 @@ def write_sweep(directory: Path, points: Sequence[tuple[str, Path]]) -> str:
 
     Args:
         directory: where they go.
-        points: (label, run folder) of every point; those without evaluation/gold.json are named and left out.
+        points: (label, run folder) of every point; those without an evaluation are named and left out.
 
     Returns:
         The tables in markdown, fit for a terminal: control characters are made visible; print it without markup.
 
     Raises:
-        InputError: a gold.json is damaged.
+        InputError: a run's figures are damaged.
     """
-    found = {label: load_json(folder / "evaluation" / "gold.json") for label, folder in points}
-    golds = {label: gold for label, gold in found.items() if gold is not None}
-    missing = [label for label, gold in found.items() if gold is None]
-    result = summarise(golds) | {"missing": missing}
+    found = {label: outcome(folder) for label, folder in points}
+    outcomes = {label: one for label, one in found.items() if one is not None}
+    missing = [label for label, one in found.items() if one is None]
+    by_reward = [label for label, one in outcomes.items() if not one.by_gold]
+    result = summarise(outcomes) | {"missing": missing, "by_reward_models": by_reward}
     content = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     write_bytes(directory / "sweep.json", content.encode("utf-8", "replace"))
-    title = f"{directory.name}: {len(golds)} of {len(points)} runs"
-    notes = _notes(missing, len(golds))
+    title = f"{directory.name}: {len(outcomes)} of {len(points)} runs"
+    notes = _notes(missing, by_reward, len(outcomes))
     blocks: list[str | TableBlock] = [*notes, *_tables(result)]
     page = environment().get_template("page.html.j2")
     html = page.render(
@@ -51,8 +86,8 @@ def write_sweep(directory: Path, points: Sequence[tuple[str, Path]]) -> str:
     return _text(title, blocks, escape=False)
 
 
-def summarise(golds: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The figures and claims of several gold.json over the points that have them.
+def summarise(outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
+    """The figures and claims of several runs over the points that have them.
 
     Returns:
         "points": labels, "figures": {name: {"values": {label: value}, "mean", "ci95", "n"}} and "claims": {text:
@@ -62,13 +97,13 @@ def summarise(golds: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """
     values: dict[str, dict[str, float]] = {}
     judged: dict[str, dict[str, Claim]] = {}
-    for label, gold in golds.items():
-        for name, value in figures(gold).items():
+    for label, one in outcomes.items():
+        for name, value in one.figures.items():
             values.setdefault(name, {})[label] = value
-        for claim in claims(gold):
+        for claim in one.claims:
             judged.setdefault(claim.text, {})[label] = claim
     return {
-        "points": list(golds),
+        "points": list(outcomes),
         "figures": {name: {"values": row, **t_interval(list(row.values()))} for name, row in values.items()},
         "claims": {text: _over_points(row) for text, row in judged.items()},
     }
@@ -87,8 +122,14 @@ def _over_points(row: Mapping[str, Claim]) -> dict[str, Any]:
     }
 
 
-def _notes(missing: Sequence[str], n: int) -> list[str]:
-    notes = [f"Without gold scores, and left out: {', '.join(missing)}."] if missing else []
+def _notes(missing: Sequence[str], by_reward: Sequence[str], n: int) -> list[str]:
+    notes = [f"Without an evaluation, and left out: {', '.join(missing)}."] if missing else []
+    if by_reward:
+        notes.append(
+            f"Without gold scores, and judged by their own reward models: {', '.join(by_reward)}. A score is in "
+            "standard deviations of its run's own reward model: it compares within a run, and between runs that share "
+            "the model."
+        )
     if n == 1:
         notes.append("With a single run there are no intervals over runs.")
     return notes
@@ -133,7 +174,7 @@ def _tables(result: Mapping[str, Any]) -> list[TableBlock]:
 
 
 def _is_count(name: str) -> bool:
-    return name.startswith("pairs kept")
+    return name.startswith("pairs ") or name.endswith(", characters")
 
 
 def _figure(name: str, value: float | None) -> str:

@@ -33,6 +33,8 @@ def run_stage(run: Run) -> dict[str, Any]:
         pairs = [vote_pair(record, f"{config.votes}: pair {place}") for place, record in enumerate(records, start=1)]
     else:
         pairs = load_votes(local_path(config.votes))[: config.pairs]
+        if not pairs:
+            raise InputError(f"as_is_reward.votes: {config.votes} holds no pair; it needs `chosen` and `rejected`")
     return train_reward_model(
         run,
         "as_is_reward",
@@ -58,15 +60,18 @@ def load_votes(path: Path) -> list[Pair]:
 def vote_pair(record: dict[str, Any], where: str) -> Pair:
     """One vote as a pair; without a prompt its texts are whole dialogues, grouped by what they begin with alike.
 
+    A prompt that is null is none.
+
     Raises:
-        InputError: a text is missing.
+        InputError: a text is missing, or something else than a text.
     """
-    for field in ("chosen", "rejected"):
+    prompted = record.get("prompt") is not None
+    for field in ("chosen", "rejected", *(["prompt"] if prompted else [])):
         if not isinstance(record.get(field), str) or not record[field].strip():
             raise InputError(f"{where}: `{field}` must be a text that is not empty, not {record.get(field)!r}")
     chosen, rejected = record["chosen"].strip(), record["rejected"].strip()
-    if "prompt" in record:
-        return make_pair(str(record["prompt"]), str(record["prompt"]), chosen, rejected)
+    if prompted:
+        return make_pair(record["prompt"], record["prompt"], chosen, rejected)
     shared = _common_turns(chosen, rejected)
     return Pair(chosen[:shared] or chosen, chosen, rejected, len(chosen) - shared, len(rejected) - shared)
 

@@ -16,8 +16,9 @@ from typing import Any, Literal, NoReturn, TypeAlias
 import jax
 import numpy as np
 
-from almost_jax.config import ComparisonsConfig, PromptedModel
+from almost_jax.config import ComparisonsConfig, FiltersConfig, PromptedModel
 from almost_jax.errors import InputError
+from almost_jax.io.distributed import from_primary
 from almost_jax.io.records import Record, RecordWriter, iter_records, read_records
 from almost_jax.io.run import Run
 from almost_jax.stages.filters import count_verdicts, filter_pair
@@ -116,7 +117,7 @@ def run_responses(run: Run) -> dict[str, Any]:
     """Sample one response per configuration and query: queries.jsonl -> responses.jsonl.
 
     Models are loaded one after another. A killed run goes on from the batch in which it was killed, which is sampled
-    again as a whole, so that the file comes out the same to the byte.
+    again as a whole, so that the file comes out the same to the byte; a finished file stays as it is.
 
     Raises:
         InputError: the configurations contradict the rule of thumb, or the unfinished file is another run's.
@@ -124,10 +125,13 @@ def run_responses(run: Run) -> dict[str, Any]:
     rankings(run.config.comparisons)
     queries = read_records(run.path("queries.jsonl"))
     plan = by_model(run.config.comparisons.configurations)
-    expected = (response_key({"configuration": name, "query_id": query["id"]}) for name in plan for query in queries)
+    expected = [response_key({"configuration": name, "query_id": query["id"]}) for name in plan for query in queries]
     path = run.path("responses.jsonl")
+    if from_primary(lambda: path.is_file() and [response_key(record) for record in iter_records(path)] == expected):
+        # The stage was stopped after this file: what is finished isn't sampled again.
+        return _responses_summary(iter_records(path), list(run.config.comparisons.configurations))
     with RecordWriter(path, key=response_key) as writer:
-        _check_resumed(map(response_key, writer.written()), expected, f"{path}.partial")
+        _check_resumed(map(response_key, writer.written()), iter(expected), f"{path}.partial")
         done = len(writer.done)
         with run.progress("responses", len(plan) * len(queries), done) as progress, jax.set_mesh(run.sampling_mesh):
             for place, name in enumerate(plan):
@@ -143,7 +147,8 @@ def run_stage(run: Run) -> dict[str, Any]:
     """Pair and filter: queries.jsonl and responses.jsonl -> comparisons.jsonl.
 
     The as-is reward model scores every response that is not empty, also of pairs that an earlier filter drops, so that
-    the filters can be audited. Dropped pairs stay in the file.
+    the filters can be audited. Dropped pairs stay in the file. A finished file stays as it is if the filters would give
+    what it holds.
 
     Raises:
         InputError: responses are missing, or the unfinished file is another run's.
@@ -152,10 +157,12 @@ def run_stage(run: Run) -> dict[str, Any]:
     queries = read_records(run.path("queries.jsonl"))
     responses = Responses(run.path("responses.jsonl"), list(run.config.comparisons.configurations), queries)
     chunk = run.config.as_is_reward.training.batch_size
+    path = run.path("comparisons.jsonl")
+    if from_primary(lambda: path.is_file() and _is_finished(path, queries, responses, ranked, run.config.filters)):
+        return _comparisons_summary(path)
     scorer = None
     if run.config.filters.as_is:
         scorer = RewardScorer(load_reward_model(run, "as_is_reward", alone=True), chunk)
-    path = run.path("comparisons.jsonl")
     expected = (f"{query['id']}/{ranking.better}/{ranking.worse}" for query in queries for ranking in ranked)
     with RecordWriter(path, key=comparison_key) as writer:
         _check_resumed(map(comparison_key, writer.written()), expected, f"{path}.partial")
@@ -308,6 +315,32 @@ def _compare(
         pairs = make_pairs(query["id"], own, scores[query["id"]], ranked)
         records += [filter_pair(pair, list(own.values()), run.config.filters) for pair in pairs]
     return records
+
+
+def _is_finished(
+    path: Path,
+    queries: Sequence[Mapping[str, Any]],
+    responses: Responses,
+    ranked: Sequence[Ranking],
+    filters: FiltersConfig,
+) -> bool:
+    """Whether comparisons.jsonl has every pair of these responses, judged by these filters.
+
+    The margins are taken as they stand there.
+    """
+    records = iter_records(path)
+    for query, texts in zip(queries, responses.by_query(), strict=True):
+        for pair in make_pairs(query["id"], texts, {}, ranked):
+            record = next(records, None)
+            if record is None:
+                return False
+            pair["as_is_margin"] = record.get("as_is_margin")
+            scored = filters.as_is and bool(pair["chosen"]["text"] and pair["rejected"]["text"])
+            if scored != (pair["as_is_margin"] is not None):
+                return False
+            if record != filter_pair(pair, list(texts.values()), filters):
+                return False
+    return next(records, None) is None
 
 
 def _missing(path: Path) -> NoReturn:

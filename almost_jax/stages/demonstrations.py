@@ -26,17 +26,28 @@ from almost_jax.stages.templates import Role, Turn, demonstrations_text
 
 @dataclasses.dataclass
 class Dialogue:
-    """A dialogue being played. `candidates` has one entry per turn; `open` says whether it goes on."""
+    """A dialogue being played. `candidates` has one entry per turn; `open` says whether it goes on.
+
+    `outgrown`: it ended since it and the longest next turn no longer fit into a speaker's positions.
+    """
 
     query_id: str
     turns: list[Turn]
     candidates: list[list[dict[str, Any]]]
     open: bool = True
+    outgrown: bool = False
 
     def add(self, role: Role, text: str, candidates: list[dict[str, Any]]) -> None:
         """Append a turn."""
         self.turns.append({"role": role, "text": text})
         self.candidates.append(candidates)
+
+    def end(self, outgrown: bool = False) -> None:
+        """Let it go on no further; a user's turn that answers the assistant goes unless it was answered itself."""
+        self.open, self.outgrown = False, outgrown
+        if len(self.turns) > 1 and self.turns[-1]["role"] == "human":
+            self.turns.pop()
+            self.candidates.pop()
 
 
 @dataclasses.dataclass
@@ -54,16 +65,23 @@ class Speaker:
     lasting: bool
     _responder: Responder | None = None
 
-    def reply(self, requests: Sequence[DialogueRequest], role: Role) -> list[Reply]:
-        """The next turn of every dialogue, in their order."""
+    def responder(self, role: Role) -> Responder:
+        """The model as one that gives turns of a role."""
         responder = self._responder or Responder(
             self.load(), self.demonstrations, next_role=role, sampling=self.sampling, seed=self.seed
         )
         if self.lasting:
             self._responder = responder
-        else:
+        return responder
+
+    def reply(self, requests: Sequence[DialogueRequest], role: Role) -> Sequence[Reply | None]:
+        """The next turn of every dialogue, in their order; None where it and the dialogue may not fit."""
+        responder = self.responder(role)
+        if not self.lasting:
             requests = [dataclasses.replace(request, keep=False, parent=None) for request in requests]
-        return list(responder.respond(requests))
+        fits = [responder.fits(request.turns) for request in requests]
+        replies = iter(responder.respond([one for one, fit in zip(requests, fits, strict=True) if fit]))
+        return [next(replies) if fit else None for fit in fits]
 
     def forget(self, ids: Iterable[str] | None = None) -> None:
         """Free what is kept of some requests, or of all."""
@@ -96,6 +114,9 @@ def play(run: Run, name: str, n: int, scorer: RewardScorer | None) -> dict[str, 
 
     Returns:
         The summary.
+
+    Raises:
+        InputError: the unfinished file is another run's, or no query leaves room for an answer.
     """
     config = run.config.demonstrations
     evaluation = evaluation_queries(run)
@@ -107,10 +128,17 @@ def play(run: Run, name: str, n: int, scorer: RewardScorer | None) -> dict[str, 
     if run.exists(f"{name}.jsonl") and [record["query_id"] for record in read_records(path)] == expected:
         # The stage was stopped after this file: what is finished isn't played again.
         return summarize(read_records(path))
+    if len(queries) < config.queries:
+        run.say(
+            f"{name}: {len(queries)} dialogues instead of the {config.queries} of demonstrations.queries; each query "
+            "begins one, and there are no more"
+        )
     lasting = config.assistant.model == config.user.model
     assistant = _speaker(run, config.assistant, config.sampling, f"{name}/assistant", lasting)
     user = _speaker(run, config.user, config.user_sampling, f"{name}/user", lasting)
     chunk = max(config.sampling.batch_size, config.user_sampling.batch_size)
+    if queries:
+        _check_some_fit(queries, assistant)
     with RecordWriter(path, key=lambda record: record["query_id"]) as writer:
         if not writer.done <= set(expected):
             raise InputError(f"{path}.partial: was begun with other queries; delete it to start anew")
@@ -124,7 +152,13 @@ def play(run: Run, name: str, n: int, scorer: RewardScorer | None) -> dict[str, 
                         writer.write(demonstration_record(dialogue))
                         progress.advance()
         writer.finish()
-    return summarize(read_records(path))
+    summary = summarize(read_records(path))
+    if summary["outgrown"]:
+        run.say(
+            f"{name}: {summary['outgrown']} of {len(queries)} dialogues ended early since another turn might not fit "
+            "into the model's positions; fewer shots or a lower max_new_tokens leave more room"
+        )
+    return summary
 
 
 def play_chunk(
@@ -139,8 +173,8 @@ def play_chunk(
     """Play one dialogue per query, all of them turn by turn.
 
     A dialogue ends after `max_turns` assistant turns, at a user turn that is empty, says farewell or is an evaluation
-    query, or when no candidate says anything. The last turn is the assistant's, save in a dialogue that never got an
-    answer.
+    query, when no candidate says anything, or when another turn may not fit into the speaker's positions. The last turn
+    is the assistant's, save in a dialogue that never got an answer.
     """
     dialogues = [
         Dialogue(query["id"], [{"role": "human", "text": query["text"]}], [[]]) for query in queries
@@ -159,30 +193,35 @@ def play_chunk(
             ]
             heard = {dialogue.query_id: f"{dialogue.query_id}/{turn}" for dialogue in playing} if keep else {}
             for dialogue, asked in zip(playing, user.reply(requests, "human"), strict=True):
-                over = not asked.text or says_farewell(asked.text, config.farewells)
-                dialogue.open = not over and plain_text(asked.text) not in evaluation
-                if dialogue.open:
+                if asked is None:
+                    dialogue.end(outgrown=True)
+                elif _goes_on(asked.text, config.farewells, evaluation):
                     dialogue.add("human", asked.text, [])
+                else:
+                    dialogue.end()
             playing = [dialogue for dialogue in playing if dialogue.open]
         requests = [
             DialogueRequest(f"{name}/{turn}/{candidate}", dialogue.turns, keep, said.get(name))
             for name, dialogue in ((dialogue.query_id, dialogue) for dialogue in playing)
             for candidate in range(n)
         ]
-        texts = [answer.text for answer in assistant.reply(requests, "assistant")]
+        answers = assistant.reply(requests, "assistant")
+        for place, dialogue in enumerate(playing):
+            if answers[place * n] is None:
+                dialogue.end(outgrown=True)
+        playing = [dialogue for dialogue in playing if dialogue.open]
+        texts = [answer.text for answer in answers if answer is not None]
         assistant.forget(said.values())
         said = {}
         for dialogue, candidates in zip(playing, _scored(playing, texts, n, scorer), strict=True):
             chosen = choose(candidates)
-            dialogue.open = chosen is not None
-            if chosen is not None:
+            if chosen is None:
+                dialogue.end()
+            else:
                 dialogue.add("assistant", chosen, candidates)
                 place = [candidate["text"] for candidate in candidates].index(chosen)
                 if keep:
                     said[dialogue.query_id] = f"{dialogue.query_id}/{turn}/{place}"
-            elif turn:
-                dialogue.turns.pop()
-                dialogue.candidates.pop()
         # What the other candidates said leads nowhere.
         assistant.forget({request.id for request in requests} - set(said.values()))
     assistant.forget()
@@ -215,11 +254,12 @@ def choose(candidates: Sequence[dict[str, Any]]) -> str | None:
 
 
 def demonstration_record(dialogue: Dialogue) -> Record:
-    """A dialogue as demonstrations.jsonl has it."""
+    """A dialogue as demonstrations.jsonl has it; only one that has outgrown the positions says so."""
     turns = zip(dialogue.turns, dialogue.candidates, strict=True)
     return {
         "query_id": dialogue.query_id,
         "turns": [{"role": turn["role"], "text": turn["text"], "candidates": own} for turn, own in turns],
+        **({"outgrown": True} if dialogue.outgrown else {}),
     }
 
 
@@ -246,7 +286,10 @@ def plain_text(text: str) -> str:
 
 
 def summarize(records: Sequence[Record]) -> dict[str, Any]:
-    """How many dialogues and turns there are, how many went unanswered, and the mean score of kept and of all."""
+    """How many dialogues and turns there are, how many went unanswered, and the mean score of kept and of all.
+
+    `outgrown` counts the dialogues that ended since another turn may not have fitted into a model's positions.
+    """
     turns = [turn for record in records for turn in record["turns"] if turn["role"] == "assistant"]
     scored = [turn for turn in turns if turn["candidates"][0]["score"] is not None]
     everything = [candidate["score"] for turn in scored for candidate in turn["candidates"]]
@@ -257,15 +300,29 @@ def summarize(records: Sequence[Record]) -> dict[str, Any]:
     return {
         "dialogues": len(records),
         "unanswered": sum(not is_answered(record) for record in records),
+        "outgrown": sum(record.get("outgrown", False) for record in records),
         "assistant_turns": len(turns),
         "mean_score_kept": sum(kept) / len(kept) if kept else None,
         "mean_score_candidates": sum(everything) / len(everything) if everything else None,
     }
 
 
+def _check_some_fit(queries: Sequence[Record], assistant: Speaker) -> None:
+    """Refuse queries none of which leaves room for an answer."""
+    responder = assistant.responder("assistant")
+    asked: list[list[Turn]] = [[{"role": "human", "text": query["text"]}] for query in queries]
+    if not any(responder.fits(turns) for turns in asked):
+        shortest = min(asked, key=lambda turns: len(turns[0]["text"]))
+        raise InputError(f"demonstrations: no query leaves room for an answer, not even {responder.too_long(shortest)}")
+
+
 def _speaker(run: Run, prompted: PromptedModel, sampling: SamplingConfig, seed: str, lasting: bool) -> Speaker:
     load = partial(run.model, prompted.model)
     return Speaker(load, demonstrations_text(prompted), sampling, run.seed(seed), lasting)
+
+
+def _goes_on(asked: str, farewells: Collection[str], evaluation: frozenset[str]) -> bool:
+    return bool(asked) and not says_farewell(asked, farewells) and plain_text(asked) not in evaluation
 
 
 def _scored(

@@ -32,7 +32,7 @@ from almost_jax.io.tokenizer import Tokenizer
 from almost_jax.sampling.layout import decode_layout
 from almost_jax.stages.dialogues import training_tokens
 from almost_jax.stages.execution import placed_for_training, training_shape, training_spread
-from almost_jax.stages.reward import Pair, comparison_pair, split_pairs
+from almost_jax.stages.reward import Pair, check_any_kept, comparison_pair, split_pairs
 from almost_jax.stages.sft import Example
 from almost_jax.stages.templates import Turn
 from almost_jax.stages.training import count_steps, fit, fixed_length, fresh_state, place_batch, shardings_of
@@ -48,7 +48,7 @@ def run_stage(run: Run) -> dict[str, Any]:
     Does nothing when the experiment has no `dpo:` section.
 
     Raises:
-        InputError: a record or the SFT model is missing, or no pair fits into `dpo.training.max_length`.
+        InputError: a record or the SFT model is missing, no pair was kept, or none fits into `dpo.training.max_length`.
         TrainingDiverged: a figure is not finite.
         Preempted: SIGTERM came; the state is saved.
     """
@@ -60,6 +60,7 @@ def run_stage(run: Run) -> dict[str, Any]:
     source = load_model(str(run.path("sft", "model")), run.mesh, run.config.compute_dtype)
     tokenizer, pad_id = source.tokenizer, source.tokenizer.pad_id
     pairs, rows = load_pairs(run, tokenizer)
+    check_any_kept(run, NAME, len(pairs))
     fitting = [pair for pair in pairs if all(len(tokens) <= training.max_length for tokens, _ in _sides(rows, pair))]
     if not fitting:
         raise InputError(f"dpo.training.max_length: none of {len(pairs)} pairs fits into {training.max_length} tokens")

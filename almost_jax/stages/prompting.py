@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
 from almost_jax.config import SamplingConfig
+from almost_jax.errors import InputError
 from almost_jax.io.models import Model
 from almost_jax.io.tokenizer import Tokenizer
 from almost_jax.sampling.engine import Completion, Engine, Request, Settings, in_order
@@ -66,15 +67,22 @@ class Responder:
             raise ValueError("a fine-tuned model knows only the assistant's turns; give demonstrations for the human's")
         self._stops = stop_strings(demonstrations_text) if self._vanilla else ()
         self._trim = self._vanilla and sampling.trim_unfinished
+        prefix = _bos(tokenizer) + tokenizer.encode(demonstrations_text) if self._vanilla else []
+        self._positions, self._taken = model.config.max_position_embeddings, len(prefix) + sampling.max_new_tokens
+        self._needs = f"few-shot prompt {len(prefix)} + max_new_tokens {sampling.max_new_tokens}"
         self._engine = Engine(
             model.params,
             model.config,
             sampling_rules(sampling, stop_tokens(tokenizer, self._stops)),
             engine_settings(sampling),
             seed=seed,
-            prefix_tokens=_bos(tokenizer) + tokenizer.encode(demonstrations_text) if self._vanilla else [],
+            prefix_tokens=prefix,
             stops=spanning_stops(tokenizer, self._stops),
         )
+
+    def fits(self, turns: Sequence[Turn]) -> bool:
+        """Whether a dialogue and its longest next turn fit into the model's positions."""
+        return self._taken + len(self._prompt(turns)) <= self._positions
 
     def respond(self, requests: Sequence[DialogueRequest]) -> Iterator[Reply]:
         """Sample the next turn of every dialogue, whose last turn must not be the responder's own.
@@ -83,11 +91,22 @@ class Responder:
             The replies in the order of the requests, as they finish.
 
         Raises:
-            InputError: a prompt and its longest response do not fit into the model's positions.
+            InputError: a dialogue and its longest next turn don't fit into the model's positions, see `fits`.
         """
         asked = [Request(one.id, self._prompt(one.turns), keep=one.keep, parent=one.parent) for one in requests]
+        for one, request in zip(requests, asked, strict=True):
+            if self._taken + len(request.prompt) > self._positions:
+                raise InputError(f"request {one.id!r}: {self.too_long(one.turns)}")
         done = in_order(asked, self._engine.run(asked))
         return (reply(self._tokenizer, one, self._stops, self._trim) for one in done)
+
+    def too_long(self, turns: Sequence[Turn]) -> str:
+        """What to say of a dialogue that doesn't fit."""
+        length = len(self._prompt(turns))
+        return (
+            f"{turns[-1]['text'][:60]!r}: {self._needs} + dialogue {length} = {self._taken + length} tokens exceed the "
+            f"model's {self._positions} positions; shorten or drop the query, or lower max_new_tokens or the shots"
+        )
 
     def forget(self, ids: Iterable[str] | None = None) -> None:
         """Free what was kept of some requests, or of all."""

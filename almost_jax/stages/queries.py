@@ -59,7 +59,7 @@ def from_file(file: str | None, count: int) -> tuple[list[dict[str, Any]], int]:
         passed over.
 
     Raises:
-        InputError: no file was given, it can't be read, or a record has no text.
+        InputError: no file was given, it can't be read, holds nothing, or a record has no text.
     """
     if file is None:
         raise InputError("queries.file: must name a jsonl file when queries.source is file")
@@ -76,4 +76,6 @@ def from_file(file: str | None, count: int) -> tuple[list[dict[str, Any]], int]:
         elif len(found) < count:
             origin = f"{path.name}: {record.get('id', f'record {number}')}"
             found[identifier] = {"id": identifier, "text": text.strip(), "source": "file", "origin": origin}
+    if not found:
+        raise InputError(f"queries.file: {path} holds no query; it needs one `text` a line at least")
     return list(found.values()), duplicates

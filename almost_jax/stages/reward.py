@@ -32,6 +32,7 @@ from almost_jax.sampling.layout import decode_layout
 from almost_jax.sampling.scoring import score_sequences
 from almost_jax.stages.dialogues import dialogue_tokens, text_tokens
 from almost_jax.stages.execution import placed_for_training, training_shape, training_spread
+from almost_jax.stages.filters import count_verdicts
 from almost_jax.stages.pair_figures import logged_figures, pair_figures
 from almost_jax.stages.templates import Turn, render
 from almost_jax.stages.training import LENGTH_MULTIPLE, count_steps, fit, fixed_length, fresh_state, shardings_of
@@ -109,11 +110,16 @@ def reward_moments(raw: np.ndarray) -> tuple[float, float]:
 
 
 def run_stage(run: Run) -> dict[str, Any]:
-    """Train on the kept pairs: queries.jsonl and comparisons.jsonl -> reward/model."""
+    """Train on the kept pairs: queries.jsonl and comparisons.jsonl -> reward/model.
+
+    Raises:
+        InputError: no pair was kept, or none fits into `reward.training.max_length`.
+    """
     config = run.config.reward
     queries = {record["id"]: record["text"] for record in read_records(run.path("queries.jsonl"))}
     kept = [record for record in iter_records(run.path("comparisons.jsonl")) if record["kept"]]
     pairs = [comparison_pair(queries, record) for record in kept]
+    check_any_kept(run, "reward", len(pairs))
     return train_reward_model(
         run,
         "reward",
@@ -125,6 +131,22 @@ def run_stage(run: Run) -> dict[str, Any]:
         centering=config.centering,
         training=config.training,
     )
+
+
+def check_any_kept(run: Run, stage: str, kept: int) -> None:
+    """Refuse to train on comparisons none of which was kept.
+
+    Raises:
+        InputError: says how many pairs each filter dropped.
+    """
+    if not kept:
+        counts = count_verdicts(iter_records(run.path("comparisons.jsonl")))
+        pairs, _ = counts.pop("pairs"), counts.pop("kept")
+        dropped = ", ".join(f"{name} {count}" for name, count in counts.items() if count) or "there were none"
+        raise InputError(
+            f"{stage}: no comparison to train on, the filters kept none of {pairs} pairs ({dropped}); look at "
+            "responses.jsonl, and loosen `filters`"
+        )
 
 
 def comparison_pair(queries: dict[str, str], record: dict[str, Any]) -> Pair:

@@ -188,10 +188,12 @@ def load_yaml(path: Path) -> dict[str, Any]:
     """Read a yaml file whose top is a mapping.
 
     Raises:
-        InputError: it is not valid yaml, or its top is something else.
+        InputError: it can't be read, is not valid yaml, or its top is something else.
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: can't be read as UTF-8 text ({error})") from error
     except yaml.YAMLError as error:
         raise InputError(f"{path}: not valid yaml: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from rich.console import Console
 
 from almost_jax.config import ExperimentConfig, MeshConfig
 from almost_jax.core.partitioning import make_mesh
-from almost_jax.evaluation import gold
+from almost_jax.evaluation import gold, scores
 from almost_jax.evaluation.held_out import held_out_queries
-from almost_jax.io.records import write_records
+from almost_jax.evaluation.statistics import Bootstrap
+from almost_jax.io.records import read_records, write_records
 from almost_jax.io.run import Run
 from almost_jax.microworld.answers import ADMISSIONS, REFUSALS, answer, sentence
 from almost_jax.microworld.gold import kind
@@ -31,6 +33,16 @@ HOSTILE = (
 QUALITY = {"configuration/C": 0.3, "configuration/B": 0.5, "configuration/A": 0.7}
 QUALITY |= {"policy/prompted": 0.3, "policy/sft_self_play": 0.45, "policy/sft": 0.6, "policy/rlsf": 0.75}
 CURVE = {0: (0.0, 0.6), 20: (1.5, 0.75), 40: (6.0, 0.65)}
+
+AGREEMENT = {"mean": 0.7312, "ci95": [0.6123, 0.8234], "n": 25, "length_matched": {"mean": 0.5421}, "verdict": "holds"}
+COIN = {"mean": 0.4988, "ci95": [0.4011, 0.5977], "n": 25, "length_matched": None, "verdict": "noise"}
+AUDIT = {
+    "queries": 25,
+    "rungs": {
+        "A over B": {"rule": "demonstrations", "longer": 0.8123, "as_is": AGREEMENT},
+        "B over C": {"rule": "shots", "longer": 0.5231, "as_is": COIN, "judge": {**AGREEMENT, "n": 19}},
+    },
+}
 
 
 def make_items(queries: list[dict[str, Any]], rng: np.random.Generator) -> list[dict[str, Any]]:
@@ -137,3 +149,31 @@ def make_finished_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int
         return made[seed]
 
     return make
+
+
+@pytest.fixture
+def scored_run(make_finished_run: Callable[[int], Path], tmp_path: Path) -> Path:
+    """A made-up run of real models: everything but the gold score, with an as-is reward model."""
+    folder = tmp_path / "run"
+    shutil.copytree(make_finished_run(3), folder)
+    (folder / "evaluation" / "gold.json").unlink()
+    rng = np.random.default_rng(5)
+    items = read_records(folder / "evaluation" / "items.jsonl")
+    for item in items:
+        item |= {"gold": None, "kind": None, "as_is": float(rng.standard_normal())}
+    write_records(folder / "evaluation" / "items.jsonl", items)
+    queries = [record["id"] for record in read_records(folder / "evaluation_queries.jsonl")]
+    played = [
+        {"query_id": f"q{number}", "system": system, "sample": 0, "text": "word " * int(rng.integers(2, 30))}
+        | {"reward": float(rng.standard_normal() + (system == "reward_guided")), "as_is": None, "gold": None}
+        for number in range(20)
+        for system in ("self_play", "reward_guided")
+    ]
+    found = scores.analyse(items, played, ["A", "B", "C"], 4, queries, Bootstrap(99, 1))
+    found |= {"contamination": {"queries": 2, "demonstrations, self_play": 0}}
+    (folder / "evaluation" / "scores.json").write_text(json.dumps(found, allow_nan=False))
+    (folder / "audit").mkdir()
+    (folder / "audit" / "audit.json").write_text(json.dumps(AUDIT))
+    figures = {"held_out": 77, "accuracy": 0.8765, "longer_wins_accuracy": 0.8311, "length_matched_accuracy": 0.5644}
+    (folder / "reward" / "evaluation.json").write_text(json.dumps(figures))
+    return folder

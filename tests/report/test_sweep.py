@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from almost_jax.report.sweep import summarise, write_sweep
+from almost_jax.report.sweep import of_gold, summarise, write_sweep
 from almost_jax.report.tables import claims, figures
 
 Make = Callable[[int], Path]
@@ -41,7 +41,8 @@ def test_counts_of_claims_by_hand(make_finished_run: Make) -> None:
     worse["steps"]["rlsf - sft"] |= {"difference": -0.2, "ci95": [-0.3, -0.1]}
     unsure = json.loads(json.dumps(gold))
     unsure["steps"]["rlsf - sft"] |= {"difference": 0.05, "ci95": [-0.1, 0.2]}
-    row = summarise({"a": gold, "b": worse, "c": unsure})["claims"]["RLSF beats SFT on guided self-play"]
+    outcomes = {label: of_gold(one) for label, one in (("a", gold), ("b", worse), ("c", unsure))}
+    row = summarise(outcomes)["claims"]["RLSF beats SFT on guided self-play"]
     assert (row["holds"], row["within_noise"], row["fails"], row["positive"]) == (1, 1, 1, 2)
 
 
@@ -59,3 +60,24 @@ def test_hostile_labels_are_shown_as_text(make_finished_run: Make, tmp_path: Pat
     for name in ("sweep.html", "sweep.md"):
         content = (tmp_path / name).read_text()
         assert "<script" not in content and "<b>missing" not in content and "\x1b" not in content
+
+
+def test_runs_without_a_gold_score_are_judged_by_their_reward_models(scored_run: Path, tmp_path: Path) -> None:
+    points = [("first", scored_run), ("second", scored_run), ("third", tmp_path / "nothing")]
+    text = write_sweep(tmp_path, points)
+    result = json.loads((tmp_path / "sweep.json").read_text())
+    scores = json.loads((scored_run / "evaluation" / "scores.json").read_text())
+    assert result["points"] == result["by_reward_models"] == ["first", "second"] and result["missing"] == ["third"]
+    found = result["figures"]
+    assert found["policy, RLSF, by the reward model"]["mean"] == pytest.approx(
+        scores["policies"]["rlsf"]["reward"]["mean"]
+    )
+    assert found["policy, RLSF, characters"]["n"] == 2
+    assert found["accuracy on held-out pairs, reward model, length-matched"]["mean"] == pytest.approx(0.5644)
+    gain = scores["steps"]["rlsf - sft"]["as_is"]
+    text_of = "RLSF over SFT on guided self-play, by the as-is reward model"
+    assert result["claims"][text_of]["mean"] == pytest.approx(gain["difference"])
+    level = result["claims"][f"{text_of}, at equal length"]
+    assert level["mean"] == pytest.approx(gain["at_equal_length"]["difference"])
+    assert "judged by their own reward models: first, second" in text and text_of in text
+    assert "left out: third" in (tmp_path / "sweep.md").read_text()

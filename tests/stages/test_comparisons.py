@@ -12,6 +12,7 @@ from almost_jax.errors import InputError
 from almost_jax.io.models import load_model, save_model
 from almost_jax.io.records import partial_path, read_records, write_records
 from almost_jax.io.run import Run
+from almost_jax.stages import comparisons
 from almost_jax.stages.comparisons import (
     Ranking,
     Responses,
@@ -120,13 +121,13 @@ def comparing_run(make_run: Callable[..., Run], user_demonstrations: str, tmp_pa
         def prompted(model: str, shots: int) -> dict[str, Any]:
             return {"model": model, "demonstrations": user_demonstrations, "shots": shots}
 
-        comparisons = {
+        section = {
             "configurations": {"A": prompted("large", 2), "B": prompted("large", 1), "C": prompted("small", 2)},
             "model_order": ["large", "small"],
             "demonstrations_order": [user_demonstrations],
             "sampling": {"temperature": 0.9, "max_new_tokens": 7, "batch_size": 5},
         }
-        return make_run(tmp_path / name, comparisons=comparisons, **sections)
+        return make_run(tmp_path / name, comparisons=section, **sections)
 
     return build
 
@@ -262,6 +263,34 @@ def test_28_comparisons_resume_to_the_same_bytes(compared: tuple[Run, dict[str, 
         partial_path(path).write_bytes(written[:size])
         assert run_stage(run) == summary
         assert path.read_bytes() == written
+
+
+def test_what_is_finished_is_neither_sampled_nor_scored_again(
+    compared: tuple[Run, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+):
+    run, summary = compared
+    files = [run.path(name) for name in ("responses.jsonl", "comparisons.jsonl")]
+    written = [path.read_bytes() for path in files]
+
+    def refused(*_: Any) -> None:
+        raise AssertionError("the file is finished")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(comparisons, "respond_as", refused)
+        patch.setattr(comparisons, "_compare", refused)
+        assert run_responses(run)["responses"] == 72
+        assert run_stage(run) == summary
+    assert [path.read_bytes() for path in files] == written
+    # A query more, and nothing is finished.
+    queries = read_records(run.path("queries.jsonl"))
+    write_records(run.path("queries.jsonl"), [*queries, {"id": "q24", "text": "what is"}])
+    assert run_responses(run)["responses"] == 75
+    assert run_stage(run)["pairs"] == 75
+    # As is a file of pairs that were scored where the filter by it is off, or the other way round.
+    sections = {**run.config.model_dump(), "filters": {"as_is": False}}
+    changed = type(run)(run.directory, type(run.config).model_validate(sections), run.mesh, False, run.console)
+    assert run_stage(changed)["as_is_agreement"] is None
+    assert run_stage(run)["as_is_agreement"] is not None
 
 
 def test_missing_responses_are_refused(compared: tuple[Run, dict[str, Any]]):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from almost_jax.config import DemonstrationsConfig
+from almost_jax.errors import InputError
 from almost_jax.io.records import read_records, write_records
 from almost_jax.io.run import Run
 from almost_jax.stages import demonstrations, reward
@@ -23,15 +24,16 @@ class Stopped(Exception):
 
 
 class Scripted(Speaker):
-    """A speaker whose replies are given by a function of the request's id."""
+    """A speaker whose replies are given by a function of the request's id; None is for want of positions."""
 
-    def __init__(self, script: Callable[[str], str]) -> None:
+    def __init__(self, script: Callable[[str], str | None]) -> None:
         self.script, self.lasting, self._responder = script, True, None
         self.asked: list[tuple[str, list[Turn]]] = []
 
-    def reply(self, requests: Sequence[DialogueRequest], role: Role) -> list[Reply]:
+    def reply(self, requests: Sequence[DialogueRequest], role: Role) -> list[Reply | None]:
         self.asked.extend((request.id, list(request.turns)) for request in requests)
-        return [Reply(request.id, self.script(request.id), 1, "stop") for request in requests]
+        said = [(request.id, self.script(request.id)) for request in requests]
+        return [None if text is None else Reply(name, text, 1, "stop") for name, text in said]
 
 
 class Longest:
@@ -103,6 +105,19 @@ def test_empty_candidates_are_never_chosen() -> None:
     # By hand: q1 keeps 28 letters (-18) beside two silences (-10 each), the others one letter of three (-9 each).
     assert summary["mean_score_kept"] == pytest.approx((-18 - 3 * 9) / 4)
     assert summary["mean_score_candidates"] == pytest.approx((-18 - 2 * 10 - 9 * 9) / 12)
+
+
+def test_a_dialogue_that_outgrows_the_positions_ends_with_its_last_answer() -> None:
+    # q0's query leaves no room for an answer, q1's dialogue none for a user's turn, q2's none for a second answer.
+    assistant = Scripted(lambda name: None if name.startswith(("q0/0", "q2/1")) else f"to {name}")
+    user = Scripted(lambda name: None if name == "q1/1" else "more")
+    records = played(assistant, user, 2, Longest())
+    assert [len(record["turns"]) for record in records] == [1, 2, 2, 4, 4]
+    assert [record.get("outgrown") for record in records] == [True, True, True, None, None]
+    assert [demonstrations.is_answered(record) for record in records] == [False, True, True, True, True]
+    assert len(records[3]["turns"][3]["candidates"]) == 2
+    summary = demonstrations.summarize(records)
+    assert (summary["outgrown"], summary["unanswered"], summary["assistant_turns"]) == (3, 1, 6)
 
 
 def test_plain_self_play_keeps_its_one_candidate_unscored() -> None:
@@ -249,3 +264,36 @@ def test_a_dialogue_that_goes_on_from_its_cache_is_the_one_that_is_read_again(
         demonstrations.play(run, "demonstrations_self_play", 2, None)
         written.append(read_records(run.path("demonstrations_self_play.jsonl")))
     assert written[0] == written[1] and any(len(record["turns"]) > 2 for record in written[0])
+
+
+@pytest.mark.parametrize("lasting", [True, False])
+def test_queries_too_long_for_the_model_do_not_stop_the_others(
+    make_run: Callable[..., Run], tmp_path: Path, lasting: bool
+) -> None:
+    run = make_run(tmp_path / "run")
+    # The 128 positions hold the few-shot prompt, a query and an answer of 9 tokens.
+    long, longer = "what is " + "red " * 91, "what is " + "red " * 120
+    write_records(run.path("queries.jsonl"), [*QUERIES, {"id": "l", "text": long}, {"id": "ll", "text": longer}])
+    if not lasting:
+        user = run.config.demonstrations.user.model_copy(update={"model": "small"})
+        played = run.config.demonstrations.model_copy(update={"user": user})
+        run = dataclasses.replace(run, config=run.config.model_copy(update={"demonstrations": played}))
+    summary = demonstrations.play(run, "guided", 2, None)
+    records = {record["query_id"]: record for record in read_records(run.path("guided.jsonl"))}
+    assert len(records) == summary["dialogues"] == 7 and summary["outgrown"] == 2
+    assert [turn["role"] for turn in records["ll"]["turns"]] == ["human"]
+    assert [turn["role"] for turn in records["l"]["turns"]] == ["human", "assistant"]
+    said = run.console.file.getvalue()  # type: ignore[attr-defined]
+    assert "2 of 7 dialogues ended early" in said
+    assert "guided: 7 dialogues instead of the 10 of demonstrations.queries" in said
+
+    # The others' records are those of a run without the long ones.
+    alone = make_run(tmp_path / "alone")
+    alone = dataclasses.replace(alone, config=run.config)
+    write_records(alone.path("queries.jsonl"), QUERIES)
+    demonstrations.play(alone, "guided", 2, None)
+    assert read_records(alone.path("guided.jsonl")) == [records[query["id"]] for query in QUERIES]
+
+    write_records(run.path("queries.jsonl"), [{"id": "ll", "text": longer}])
+    with pytest.raises(InputError, match=r"no query leaves room for an answer, not even 'what is red .*128 positions"):
+        demonstrations.play(run, "none", 2, None)

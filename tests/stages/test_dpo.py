@@ -144,6 +144,11 @@ def test_without_a_section_it_is_off_and_bad_settings_are_refused(
     short = tuned_run(tmp_path / "short", training={**SECTION["training"], "max_length": 5})
     with pytest.raises(InputError, match="dpo.training.max_length: none of 48 pairs fits into 5 tokens"):
         dpo.run_stage(short)
+    nothing = tuned_run(tmp_path / "nothing")
+    records = read_records(nothing.path("comparisons.jsonl"))
+    write_records(nothing.path("comparisons.jsonl"), [{**record, "kept": False} for record in records])
+    with pytest.raises(InputError, match="dpo: no comparison to train on, the filters kept none of 72 pairs"):
+        dpo.run_stage(nothing)
     other = tuned_run(tmp_path / "other")
     write_records(other.path("dpo", "reference.jsonl"), [{"pair": 0, "chosen": -1.0, "rejected": -2.0}])
     with pytest.raises(InputError, match="holds 1 pairs, but there are 48; delete it"):

@@ -15,7 +15,16 @@ from almost_jax.errors import InputError
 from almost_jax.io.models import Model
 from almost_jax.io.tokenizer import Tokenizer
 from almost_jax.sampling.engine import Completion
-from almost_jax.stages.prompting import DialogueRequest, Reply, cut, reply, respond, stop_strings, stop_tokens
+from almost_jax.stages.prompting import (
+    DialogueRequest,
+    Reply,
+    Responder,
+    cut,
+    reply,
+    respond,
+    stop_strings,
+    stop_tokens,
+)
 from almost_jax.stages.templates import SEPARATOR, own_words, whole_sentences
 
 GREEDY = SamplingConfig(temperature=0.0, max_new_tokens=9, batch_size=3)
@@ -210,3 +219,13 @@ def test_the_line_between_dialogues_is_a_stop_where_the_prompt_has_it():
     text = "fine.\n-----\nmore"
     assert cut(text, stop_strings(f"x\n{SEPARATOR}\n\n")) == ("fine.", True)
     assert cut(text, stop_strings(DEMONSTRATIONS)) == (text, False)
+
+
+def test_a_dialogue_too_long_for_the_model_is_named_with_what_to_change():
+    model = scripted(make_tokenizer(PIECES), SCRIPT)
+    long = DialogueRequest("two", [{"role": "human", "text": "q" * 60}])
+    responder = Responder(model, DEMONSTRATIONS, next_role="assistant", sampling=GREEDY, seed=3)
+    assert responder.fits(REQUEST.turns) and not responder.fits(long.turns)
+    said = r"request 'two': 'q{60}': few-shot prompt \d+ \+ max_new_tokens 9 \+ dialogue \d+ = .*lower max_new_tokens"
+    with pytest.raises(InputError, match=said):
+        responder.respond([REQUEST, long])

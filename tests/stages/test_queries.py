@@ -33,6 +33,14 @@ def test_a_record_without_text_is_refused_by_number(tmp_path: Path, record: dict
         from_file(str(path), 5)
 
 
+@pytest.mark.parametrize("content", ["", "\n \n"])
+def test_a_file_without_queries_is_refused_at_once(tmp_path: Path, content: str):
+    path = tmp_path / "asked.jsonl"
+    path.write_text(content)
+    with pytest.raises(InputError, match=r"queries.file: .*asked.jsonl holds no query"):
+        from_file(str(path), 5)
+
+
 def test_a_file_is_needed_when_the_source_is_one(tmp_path: Path):
     with pytest.raises(InputError, match="queries.file"):
         from_file(None, 5)

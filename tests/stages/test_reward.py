@@ -298,6 +298,38 @@ def test_votes_come_from_a_file_with_or_without_prompts(tmp_path: Path) -> None:
     write_records(path, [{"prompt": "what", "chosen": "", "rejected": "the"}])
     with pytest.raises(InputError, match=r"votes.jsonl: record 1: `chosen` must be a text"):
         as_is_reward.load_votes(path)
+    # A prompt of null is none; what isn't a text is none either, but by mistake.
+    whole = {"chosen": f"{shared} a bird", "rejected": f"{shared} a stone"}
+    write_records(path, [{"prompt": None, **whole}])
+    assert as_is_reward.load_votes(path) == [without]
+    write_records(path, [whole, {"prompt": 3, "chosen": "a", "rejected": "b"}])
+    with pytest.raises(InputError, match=r"votes.jsonl: record 2: `prompt` must be a text that is not empty, not 3"):
+        as_is_reward.load_votes(path)
+
+
+@pytest.mark.parametrize(("dropped", "said"), [(["length"] * 3, "none of 3 pairs .length 3."), ([], "none of 0 pairs")])
+def test_where_no_pair_was_kept_the_filters_are_named(
+    make_run: Callable[..., Run], tmp_path: Path, dropped: list[str], said: str
+) -> None:
+    run = make_run(tmp_path / "run")
+    records = read_records(run.path("comparisons.jsonl"))
+    write_records(
+        run.path("comparisons.jsonl"),
+        [
+            {**record, "kept": False, "dropped_by": reason}
+            for record, reason in zip(records, dropped, strict=False)
+        ],
+    )
+    with pytest.raises(InputError, match=f"reward: no comparison to train on, the filters kept {said}"):
+        reward.run_stage(run)
+
+
+def test_a_file_without_votes_is_refused(make_run: Callable[..., Run], tmp_path: Path) -> None:
+    path = tmp_path / "votes.jsonl"
+    path.write_text("")
+    run = make_run(tmp_path / "run", as_is_reward={"votes": str(path)})
+    with pytest.raises(InputError, match=r"as_is_reward.votes: .*votes.jsonl holds no pair"):
+        as_is_reward.run_stage(run)
 
 
 def test_as_is_model_is_trained_on_votes_and_reports_its_own_accuracy(

@@ -1,4 +1,5 @@
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,15 @@ def test_malformed_demonstrations_are_refused_in_one_line(tmp_path: Path, conten
     with pytest.raises(InputError, match=message) as error:
         load_demonstrations(str(path))
     assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("load", [load_demonstrations, load_instructions])
+def test_a_file_that_is_not_utf_8_is_refused_in_one_line(tmp_path: Path, load: Callable[[str], object]):
+    path = tmp_path / "bad.yaml"
+    path.write_bytes("instructions: [caf\u00e9]".encode("latin-1"))
+    with pytest.raises(InputError, match="can't be read as UTF-8 text") as error:
+        load(str(path))
+    assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["nobody", "microworld:nobody", "no/such.yaml"])
