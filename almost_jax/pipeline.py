@@ -48,6 +48,7 @@ from almost_jax.io.records import write_bytes
 from almost_jax.io.run import Run
 from almost_jax.report import page
 from almost_jax.stages import as_is_reward, comparisons, demonstrations, dpo, queries, reward, rlsf, sft
+from almost_jax.stages.training import check_batches
 
 # status.json says this often how far a running stage is.
 SECONDS_BETWEEN_STEPS = 5.0
@@ -224,6 +225,12 @@ def run_experiment(
     with locked(directory), stops_on_sigterm():
         made_with = {"versions": versions(), "commit": git_commit()}
         status = from_primary(lambda: read_status(directory))
+
+        def to_run() -> list[str]:
+            plans = (plan_stage(stage, prints[stage.name], directory, status) for stage in STAGES[:last])
+            return [plan.stage.name for plan in plans if plan.action != "skip"]
+
+        check_batches(config, mesh, from_primary(to_run))
         pipeline = _Pipeline(config, directory, mesh, tensorboard, console, made_with, status)
         write_bytes(directory / "config.yaml", dump_experiment(config).encode())
         for number, stage in enumerate(STAGES[:last], start=1):

@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import io
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -122,6 +123,40 @@ def test_until_an_unknown_stage_is_bad_input(bench: Bench) -> None:
     with pytest.raises(InputError, match="did you mean reward"):
         bench(until="rewrd")
     assert not bench.directory.exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (
+            ["mesh.explicit=true", "sft.training.micro_batches=16"],
+            "sft.training.micro_batches: 64 rows must be a multiple of devices x micro_batches = 8 x 16 with mesh",
+        ),
+        (["mesh.explicit=true", "as_is_reward.training.micro_batches=32"], "as_is_reward.training.micro_batches: 64"),
+        (["mesh.explicit=true", "reward.training.micro_batches=64"], "reward.training.micro_batches: 64 rows must be"),
+        (["mesh.explicit=true", "dpo={training: {micro_batches: 16}}"], "dpo.training.micro_batches: 64 rows must be"),
+        (
+            ["mesh.explicit=true", "ppo.num_mini_batches=4", "ppo.micro_batches=16"],
+            "ppo.micro_batches: 64 rows of a mini-batch must be a multiple of devices x micro_batches = 8 x 16",
+        ),
+        (["sft.training.batch_size=60"], "sft.training.batch_size: 60 rows can't be split over 8 devices; use"),
+    ],
+)
+def test_batches_that_the_mesh_cannot_split_are_refused_before_any_stage(
+    bench: Bench, overrides: list[str], expected: str
+) -> None:
+    with pytest.raises(InputError, match=re.escape(expected)):
+        bench(overrides)
+    assert bench.ran == []
+    # Until the stage in question, and packed, whose rows are made to fit, there is nothing to refuse.
+    bench(overrides, until="queries")
+    if expected.startswith("sft"):
+        bench([*overrides, "sft.packed_length=512"])
+
+
+def test_batches_of_stages_that_are_done_are_not_looked_at(bench: Bench) -> None:
+    bench(["sft.training.batch_size=64"])
+    assert bench(["mesh.explicit=true", "sft.training.micro_batches=16"]) == []
 
 
 def status_file(bench: Bench) -> dict[str, Any]:

@@ -21,6 +21,9 @@ BLOCK = 512
 def splash_attention(queries: Array, keys: Array, values: Array, segment_ids: Array, interpret: bool = False) -> Array:
     """Causal softmax attention within segments, scaled by H**-0.5.
 
+    The kernel takes rows of a multiple of 128 tokens. Others are padded for it on the right, where causality keeps the
+    padding from every real token, and the result is cut back.
+
     Args:
         queries: [B, T, N, H].
         keys, values: [B, T, K, H]; N is a multiple of K.
@@ -29,20 +32,24 @@ def splash_attention(queries: Array, keys: Array, values: Array, segment_ids: Ar
 
     Returns:
         [B, T, N, H] in the dtype of `queries`.
-
-    Raises:
-        ValueError: T is not a multiple of 128.
     """
     _, length, heads, size = queries.shape
-    if length % LANES:
-        raise ValueError(f"splash attention needs rows of a multiple of {LANES} tokens, not {length}")
-    attend: Any = _kernel(heads, length, interpret)
+    extra = -length % LANES
+    attend: Any = _kernel(heads, length + extra, interpret)
     scaled = (queries.astype(jnp.float32) * size**-0.5).astype(queries.dtype)
-    first = (jnp.swapaxes(x, 1, 2) for x in (scaled, keys.astype(queries.dtype), values.astype(queries.dtype)))
-
+    first = (
+        _longer(jnp.swapaxes(x, 1, 2), 2, extra)
+        for x in (scaled, keys.astype(queries.dtype), values.astype(queries.dtype))
+    )
+    segment_ids = _longer(segment_ids, 1, extra)
     segments: Any = kernel.SegmentIds(segment_ids, segment_ids)
     mixed: Array = jax.vmap(attend)(*first, segments)
-    return jnp.swapaxes(mixed, 1, 2).astype(queries.dtype)
+    return jnp.swapaxes(mixed[:, :, :length], 1, 2).astype(queries.dtype)
+
+
+def _longer(x: Array, axis: int, extra: int) -> Array:
+    """Zeros behind the end of an axis."""
+    return jnp.pad(x, [(0, extra if dim == axis else 0) for dim in range(x.ndim)]) if extra else x
 
 
 def _kernel(heads: int, length: int, interpret: bool) -> Any:

@@ -127,11 +127,14 @@ class Checkpoints:
         self._keep = keep
         self._say = say
         self._writing: _Writing | None = None
+        # Torn or foreign: what `restore` couldn't go on from.
+        self._passed_over: set[int] = set()
 
     def save(self, step: int, tree: Any, extra: dict[str, Any]) -> None:
         """Begin to write a checkpoint, after the one before it is whole; the arrays may be donated at once.
 
-        Checkpoints of later steps, left by a run that is being repeated, are removed.
+        Checkpoints of later steps, left by a run that is being repeated, and those that `restore` passed over are
+        removed once this one is whole.
 
         Args:
             step: 0 or more.
@@ -158,12 +161,17 @@ class Checkpoints:
         Raises:
             InputError: it can't be written, as on a full disk; what was whole before stays.
         """
-        writing, self._writing = self._writing, None
+        writing = self._writing
         if writing is None:
             return
         try:
+            # What interrupts the wait leaves the writing alone: it goes on, and can be waited for again.
             writing.finish()
+            self._writing = None
+            # They are gone now, on every process.
+            self._passed_over.clear()
         except Exception as error:
+            self._writing = None
             self._remove_unfinished()
             reason = refusal(error)
             if reason is None:
@@ -183,14 +191,16 @@ class Checkpoints:
         # The only moment without this step on disk, and the one before it is still there.
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
-        steps = self._listed()
-        kept = [other for other in steps if other <= step][-self._keep :]
-        for other in steps:
+        earlier = [other for other in self._listed() if other < step]
+        kept = [*earlier, step][-self._keep :]
+        for other in self._on_disk():
             if other not in kept:
                 shutil.rmtree(self.directory / str(other), ignore_errors=True)
 
     def restore(self, expected: Any) -> tuple[int, Any, dict[str, Any]] | None:
         """Read the latest checkpoint that is whole and holds this tree; the folder is not changed.
+
+        Those that are passed over on the way are no longer listed.
 
         Args:
             expected: the tree, as arrays or `jax.ShapeDtypeStruct`; its shardings are those restored onto, and where it
@@ -201,30 +211,44 @@ class Checkpoints:
 
         Raises:
             InputError: every whole checkpoint holds another tree; names the leaf, what is found and what is expected.
+            Exception: whatever kept every whole checkpoint from being read.
         """
-        foreign: InputError | None = None
-        for step in reversed(self.steps()):
+        self.wait()
+        failure: Exception | None = None
+        passed_over: set[int] = set()
+        for step in reversed(self._on_disk()):
             folder = self.directory / str(step)
             damage = find_damage(folder)
+            if damage is None:
+                try:
+                    found = restore_tree(folder / TREE, expected), json.loads((folder / EXTRA).read_bytes())
+                except InputError as error:
+                    self._say(f"{folder}: foreign checkpoint passed over ({error})")
+                    failure = failure or error
+                except Exception as error:  # Orbax raises many kinds
+                    damage = f"it can't be read: {' '.join(f'{type(error).__name__}: {error}'.split())}"
+                    failure = failure or error
+                else:
+                    self._passed_over = passed_over
+                    return step, *found
             if damage is not None:
                 self._say(f"{folder}: torn checkpoint passed over ({damage})")
-                continue
-            try:
-                return step, restore_tree(folder / TREE, expected), json.loads((folder / EXTRA).read_bytes())
-            except InputError as error:
-                self._say(f"{folder}: foreign checkpoint passed over ({error})")
-                foreign = foreign or error
-        if foreign is not None:
+            passed_over.add(step)
+        if failure is not None:
             # Nothing fits: to start over in silence would throw away what may only have been misplaced.
-            raise foreign
+            raise failure
+        self._passed_over = passed_over
         return None
 
     def steps(self) -> list[int]:
-        """The steps committed, ascending, after what is being written; torn ones are among them."""
+        """The steps committed, ascending, after what is being written, but for those that `restore` passed over."""
         self.wait()
         return self._listed()
 
     def _listed(self) -> list[int]:
+        return [step for step in self._on_disk() if step not in self._passed_over]
+
+    def _on_disk(self) -> list[int]:
         if not self.directory.is_dir():
             return []
         return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdecimal() and path.is_dir())
@@ -267,16 +291,17 @@ class _Writing:
         self._folder = folder
         self._commit = commit
         self._error: BaseException | None = None
-        self._thread: threading.Thread | None = None
-        if jax.process_count() == 1:
+        # Not the thread's `join`, which takes a thread for ended once an interrupt has broken off the wait for it.
+        self._ended = threading.Event()
+        self._in_background = jax.process_count() == 1
+        if self._in_background:
             # Not a daemon: a process that ends by itself ends after the commit.
-            self._thread = threading.Thread(target=self._work, name="commit of a checkpoint")
-            self._thread.start()
+            threading.Thread(target=self._work, name="commit of a checkpoint").start()
 
     def finish(self) -> None:
         """Wait until it is written, and commit if that isn't done; raises what went wrong on the way."""
-        if self._thread is not None:
-            self._thread.join()
+        if self._in_background:
+            self._ended.wait()
         else:
             self._checkpointer.wait_until_finished()
             _wait_for_all(f"{self._folder} written")
@@ -294,6 +319,8 @@ class _Writing:
             self._checkpointer.close()
         except BaseException as error:
             self._error = error
+        finally:
+            self._ended.set()
 
 
 def _kind(leaf: Any) -> str:

@@ -26,11 +26,12 @@ from almost_jax.core.llama import (
     logical_axes,
     logits,
 )
-from almost_jax.core.partitioning import batch_sharding, partition_spec, replicated, rules_for, shardings
+from almost_jax.core.partitioning import batch_sharding, partition_spec, replicated, row_parts, rules_for, shardings
 from almost_jax.core.train import TrainState, make_optimizer, make_train_step
 from almost_jax.plan.shapes import model_shape
 from almost_jax.sampling.rules import SamplingRules, draw
 from almost_jax.sampling.scoring import _sequence_scores
+from almost_jax.stages.actors import training_players
 from almost_jax.stages.execution import training_shape, training_shardings, training_spread
 from almost_jax.stages.reward import pair_loss_sums
 from almost_jax.stages.rollouts import Experience, Players
@@ -164,7 +165,7 @@ def _sft_step(config: ExperimentConfig, mesh: Mesh) -> Program:
     shape, whole = (training.batch_size, training.max_length), ["tokens"]
     if settings.packed_length:
         fitting = settings.packed_length // training.max_length
-        split = training.micro_batches * mesh.shape["data"] * mesh.shape["fsdp"]
+        split = training.micro_batches * row_parts(mesh)
         shape = (-(-training.batch_size // (fitting * split)) * split, settings.packed_length)
         whole += ["positions", "segment_ids"]
     batch = {name: _rows(mesh, shape, jnp.int32) for name in whole} | {"targets": _rows(mesh, shape, jnp.bool_)}
@@ -193,10 +194,10 @@ def _ppo_update(config: ExperimentConfig, mesh: Mesh) -> Program:
     )
     placement = jax.tree.map(lambda leaf: leaf.sharding, state)
     players = Players(
-        policy=training_shape(policy, config.mesh, mesh), critic=training_shape(critic, config.mesh, mesh),
-        reward=critic, temperature=ppo.sampling.temperature, stop_tokens=(2,), eos_id=2, reward_mean=0.0,
-        reward_std=1.0, value_shift=0.0, value_scale=1.0,
+        policy=policy, critic=critic, reward=critic, temperature=ppo.sampling.temperature, stop_tokens=(2,), eos_id=2,
+        reward_mean=0.0, reward_std=1.0, value_shift=0.0, value_scale=1.0,
     )  # fmt: skip
+    players = training_players(players, config.mesh, mesh)
     spread = training_spread(
         config.mesh, mesh, {"policy": placement.policy.params, "critic": placement.critic.params}
     )

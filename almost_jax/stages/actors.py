@@ -9,6 +9,7 @@ from jax import Array
 
 from almost_jax.config import MeshConfig, PpoConfig
 from almost_jax.core.heads import HEAD
+from almost_jax.core.llama import LlamaConfig
 from almost_jax.errors import InputError
 from almost_jax.io.batches import pad
 from almost_jax.io.models import Model, load_model
@@ -16,7 +17,7 @@ from almost_jax.io.records import read_records
 from almost_jax.io.run import Run
 from almost_jax.sampling.rules import SamplingRules
 from almost_jax.stages.dialogues import prompt_tokens
-from almost_jax.stages.execution import head_chunk, training_shape
+from almost_jax.stages.execution import attention, head_chunk, training_shape
 from almost_jax.stages.prompting import sampling_rules
 from almost_jax.stages.reward import load_reward_model
 from almost_jax.stages.rollouts import Players
@@ -60,10 +61,11 @@ def load_actors(run: Run) -> Actors:
     stops = tuple(sorted({tokenizer.eos_id} | ({human} if human is not None else set())))
     rules = sampling_rules(ppo.sampling, stops)
     normalizes = ppo.critic == "reward_model" and ppo.normalize_reward
-    policy = dataclasses.replace(sft.config, vocab_chunk=head_chunk(run.config.mesh))
     players = Players(
-        policy=policy,
-        critic=reward.config if ppo.critic == "reward_model" else sft.config,
+        policy=judging_shape(sft.config, run.config.mesh, run.mesh),
+        critic=judging_shape(
+            reward.config if ppo.critic == "reward_model" else sft.config, run.config.mesh, run.mesh
+        ),
         reward=reward.config,
         temperature=rules.logprob_temperature,
         stop_tokens=stops,
@@ -76,13 +78,24 @@ def load_actors(run: Run) -> Actors:
     return Actors(sft, reward, players, rules)
 
 
-def training_players(players: Players, settings: MeshConfig, mesh: jax.sharding.Mesh) -> Players:
-    """The players as an update runs them, see `execution.training_shape`."""
+def judging_shape(config: LlamaConfig, settings: MeshConfig, mesh: jax.sharding.Mesh) -> LlamaConfig:
+    """A policy's or critic's config as it judges rollouts, in a program that the compiler splits over the mesh."""
     return dataclasses.replace(
-        players,
-        policy=training_shape(players.policy, settings, mesh),
-        critic=training_shape(players.critic, settings, mesh),
+        config, attention=attention(settings, mesh.size == 1), vocab_chunk=head_chunk(settings)
     )
+
+
+def training_players(players: Players, settings: MeshConfig, mesh: jax.sharding.Mesh) -> Players:
+    """The players as an update runs them, see `execution.training_shape`, but with the attention that judges rollouts.
+
+    Another kernel rounds otherwise, and the first ratio would not be exactly 1.
+    """
+
+    def shape(config: LlamaConfig) -> LlamaConfig:
+        judged = judging_shape(config, settings, mesh)
+        return dataclasses.replace(training_shape(config, settings, mesh), attention=judged.attention)
+
+    return dataclasses.replace(players, policy=shape(players.policy), critic=shape(players.critic))
 
 
 def load_prompts(run: Run, model: Model, max_length: int, name: str) -> Prompts:

@@ -40,12 +40,20 @@ def training_shape(config: LlamaConfig, settings: MeshConfig, mesh: Mesh) -> Lla
             except ValueError as error:
                 name = jax.tree_util.keystr(path, simple=True, separator="/")
                 raise InputError(f"mesh.explicit: {name}: {error}") from error
-    # The kernel can't be split by the compiler, so it needs every device to see its own rows alone.
-    splash = settings.attention == "splash" and platform() == "tpu" and (settings.explicit or mesh.size == 1)
     return dataclasses.replace(
-        config, remat=settings.remat, gather=gather, attention="splash" if splash else "plain",
+        config, remat=settings.remat, gather=gather, attention=attention(settings, settings.explicit or mesh.size == 1),
         vocab_chunk=head_chunk(settings),
     )  # fmt: skip
+
+
+def attention(settings: MeshConfig, alone: bool) -> str:
+    """The attention of a program on the platform that is traced for, "splash" or "plain".
+
+    Args:
+        settings: the experiment's mesh section.
+        alone: whether every device sees its own rows alone; the compiler can't split the kernel.
+    """
+    return "splash" if settings.attention == "splash" and platform() == "tpu" and alone else "plain"
 
 
 def head_chunk(settings: MeshConfig) -> int:

@@ -148,8 +148,8 @@ def judge(
 ) -> Rollouts:
     """Everything that is known of a batch of samples before any update.
 
-    The policy is run again over what it sampled, by the function that its updates go through: the first ratio is then
-    exactly 1, whatever the decoding loop's rounding.
+    The policy is run again over what it sampled, by the function and the attention that its updates go through
+    (`actors.training_players`): the first ratio is then exactly 1, whatever the decoding loop's rounding.
 
     Args:
         policy, reference, critic, reward: parameter trees, the latter two with a head; no reference is run when None.

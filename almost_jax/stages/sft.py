@@ -17,7 +17,7 @@ import numpy as np
 
 from almost_jax.core.llama import LlamaConfig, Params, hidden_states
 from almost_jax.core.losses import LossTerms, masked_sum, shifted, target_sums
-from almost_jax.core.partitioning import platform
+from almost_jax.core.partitioning import platform, row_parts
 from almost_jax.core.train import Batch, make_optimizer, make_train_step
 from almost_jax.core.vocabulary import hidden_figures
 from almost_jax.errors import InputError
@@ -70,7 +70,7 @@ def fine_tune(run: Run, name: str, file: str) -> dict[str, Any]:
 
     if config.packed_length:
         # One number of rows for all batches, which compiles one program, and one that every device can share.
-        split = training.micro_batches * run.mesh.shape["data"] * run.mesh.shape["fsdp"]
+        split = training.micro_batches * row_parts(run.mesh)
         most = max(
             len(first_fit([lengths[index] for index in chosen_at(step)], config.packed_length))
             for step in range(total_steps)

@@ -1,7 +1,7 @@
 """The loop that SFT and both reward models share: steps, progress, metrics, checkpoints, exact resume."""
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from almost_jax.config import TrainingConfig
+from almost_jax.config import ExperimentConfig, PpoConfig, TrainingConfig
 from almost_jax.core.llama import Params
 from almost_jax.core.partitioning import batch_sharding, global_array, replicated, row_parts
 from almost_jax.core.train import Batch, TrainState, learning_rate_schedule
@@ -60,6 +60,52 @@ def place_batch(batch: HostBatch, mesh: jax.sharding.Mesh) -> Batch:
     if rows % split:
         raise InputError(f"batch_size: {rows} rows can't be split over {split} devices (data x fsdp); use a multiple")
     return {name: global_array(array, sharding) for name, array in batch.items()}
+
+
+def check_batches(config: ExperimentConfig, mesh: jax.sharding.Mesh, stages: Collection[str]) -> None:
+    """Refuse batches that the mesh can't split, before any of the stages has begun.
+
+    With `mesh.explicit` every device splits its own rows into micro-batches; else the compiler splits each.
+
+    Args:
+        config: the experiment.
+        mesh: what the stages train on.
+        stages: the names of those that will run.
+
+    Raises:
+        InputError: names the key, the rows and what they must be a multiple of.
+    """
+    parts = row_parts(mesh)
+    for key, settings in _trainings(config, stages):
+        if settings.batch_size % parts:
+            raise InputError(
+                f"{key}.batch_size: {settings.batch_size} rows can't be split over {parts} devices; use a multiple"
+            )
+        rows, micro_batches, what = settings.batch_size, settings.micro_batches, "rows"
+        if isinstance(settings, PpoConfig):
+            rows, what = rows // settings.num_mini_batches, "rows of a mini-batch"
+        if config.mesh.explicit and rows % (parts * micro_batches):
+            raise InputError(
+                f"{key}.micro_batches: {rows} {what} must be a multiple of devices x micro_batches = "
+                f"{parts} x {micro_batches} with mesh.explicit"
+            )
+
+
+def _trainings(
+    config: ExperimentConfig, stages: Collection[str]
+) -> Iterator[tuple[str, TrainingConfig | PpoConfig]]:
+    """(dotted key, settings) of every training of these stages whose batches are of `batch_size` rows."""
+    if "as_is_reward" in stages and config.as_is_reward.votes != "none":
+        yield "as_is_reward.training", config.as_is_reward.training
+    if "reward" in stages:
+        yield "reward.training", config.reward.training
+    # Packed, there are as many rows as the mesh can split.
+    if "sft" in stages and not config.sft.packed_length:
+        yield "sft.training", config.sft.training
+    if "dpo" in stages and config.dpo is not None:
+        yield "dpo.training", config.dpo.training
+    if "rlsf" in stages or ("over_optimisation" in stages and config.over_optimisation is not None):
+        yield "ppo", config.ppo
 
 
 def abstract(tree: Any) -> Any:

@@ -89,12 +89,34 @@ def test_dimensions_that_the_mesh_cannot_split_are_named() -> None:
         explicitly(lambda params, batch: (params, batch), make_mesh(MeshConfig(tensor=2)), {})
 
 
-def test_splash_attention_equals_plain_attention() -> None:
+@pytest.mark.parametrize("length", [128, 100, 131])
+def test_splash_attention_equals_plain_attention(length: int) -> None:
     rng = np.random.default_rng(0)
-    q, k, v = (jnp.asarray(rng.normal(size=(2, 128, heads, 128)), jnp.float32) for heads in (4, 2, 2))
-    segments = jnp.asarray(np.arange(128)[None, :] >= np.array([[40], [90]]), jnp.int32)
-    mask = causal_mask(jnp.broadcast_to(jnp.arange(128)[None, :], (2, 128)), segments)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, length, heads, 128)), jnp.float32) for heads in (4, 2, 2))
+    segments = jnp.asarray(np.arange(length)[None, :] >= np.array([[40], [90]]), jnp.int32)
+    mask = causal_mask(jnp.broadcast_to(jnp.arange(length)[None, :], (2, length)), segments)
     expected = attention(q, jnp.moveaxis(k, 1, 3), jnp.swapaxes(v, 1, 2), mask)
     np.testing.assert_allclose(splash_attention(q, k, v, segments, interpret=True), expected, atol=2e-5)
-    with pytest.raises(ValueError, match="multiple of 128"):
-        splash_attention(q[:, :100], k[:, :100], v[:, :100], segments[:, :100])
+
+
+def test_a_model_with_splash_attention_takes_rows_of_any_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llama, "splash_attention", functools.partial(splash_attention, interpret=True))
+    config = dataclasses.replace(CONFIG, num_layers=2, remat=False)
+    splash = dataclasses.replace(config, attention="splash")
+    params, batch = llama.init_params(config, jax.random.key(1)), ragged_batch(2)
+    plain, kernel = (
+        jax.value_and_grad(functools.partial(loss_sums, config=one), has_aux=True)(params, batch)
+        for one in (config, splash)
+    )
+    assert float(kernel[0][0]) == pytest.approx(float(plain[0][0]), rel=1e-5)
+    jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, atol=2e-5), kernel[1], plain[1])
+    # Packed rows, and a prefix, whose keys are those of its own tokens alone.
+    places = jnp.asarray([[0, 1, 2, 3, 0, 1, 2, 0, 1]] * 2), jnp.asarray([[1] * 4 + [2] * 3 + [0] * 2] * 2)
+    states = [
+        llama.hidden_states(params, one, batch["tokens"], positions=places[0], segment_ids=places[1])
+        for one in (config, splash)
+    ]
+    np.testing.assert_allclose(states[1], states[0], atol=2e-5)
+    prefixes = [llama.prefill_prefix(params, one, batch["tokens"][0]) for one in (config, splash)]
+    assert prefixes[1].length == 9
+    jax.tree.map(lambda ours, theirs: np.testing.assert_allclose(ours, theirs, atol=2e-5), prefixes[1], prefixes[0])

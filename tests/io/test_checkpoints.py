@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from almost_jax.core.train import init_state
 from almost_jax.errors import InputError
-from almost_jax.io.checkpoints import Checkpoints, find_damage, restore_tree, save_tree
+from almost_jax.io.checkpoints import Checkpoints, find_damage, restore_tree, save_tree, seal
 
 
 def make_tree(seed: int = 0):
@@ -149,6 +150,70 @@ def test_28_after_a_torn_checkpoint_the_run_goes_on_from_the_one_before(tmp_path
     cut(tmp_path / "15" / "files.json")
     assert checkpoints.restore(tree) is None
     assert find_damage(tmp_path / "15") == "files.json can't be read"
+
+
+def test_28_torn_checkpoints_count_no_longer_and_go_once_a_new_one_is_whole(tmp_path: Path):
+    tree = {"w": jnp.arange(5.0)}
+    with Checkpoints(tmp_path, keep=2) as before:
+        for step in (10, 20):
+            before.save(step, tree, {})
+    shutil.copytree(tmp_path / "20", tmp_path / "30")
+    for step in (20, 30):
+        cut(tmp_path / str(step) / "extra.json")
+    checkpoints = Checkpoints(tmp_path, keep=2, say=lambda line: None)
+    assert checkpoints.steps() == [10, 20, 30]
+    assert checkpoints.restore(tree)[0] == 10
+    assert checkpoints.steps() == [10] and sorted(os.listdir(tmp_path)) == ["10", "20", "30"]
+    checkpoints.save(25, tree, {})
+    # One of the torn steps comes again, whole.
+    assert checkpoints.steps() == [10, 25] and sorted(os.listdir(tmp_path)) == ["10", "25"]
+    cut(tmp_path / "25" / "extra.json")
+    assert checkpoints.restore(tree)[0] == 10
+    checkpoints.save(25, tree, {})
+    assert checkpoints.steps() == [10, 25] and checkpoints.restore(tree)[0] == 25
+
+
+def test_28_whatever_goes_wrong_in_reading_is_a_torn_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    tree, said = {"w": jnp.arange(5.0)}, list[str]()
+    checkpoints = Checkpoints(tmp_path, keep=2, say=said.append)
+    for step in (1, 2):
+        checkpoints.save(step, tree, {})
+
+    def unreadable(folder: Path, expected):
+        if folder.parent.name == "2":
+            raise ValueError("zarr:\nno such array")
+        return restore_tree(folder, expected)
+
+    monkeypatch.setattr("almost_jax.io.checkpoints.restore_tree", unreadable)
+    assert checkpoints.restore(tree)[0] == 1
+    assert said == [
+        f"{tmp_path / '2'}: torn checkpoint passed over (it can't be read: ValueError: zarr: no such array)"
+    ]
+    # Where none can be read though all are whole, it isn't their fault: nothing is begun anew, and nothing is lost.
+    shutil.rmtree(tmp_path / "1")
+    with pytest.raises(ValueError, match="no such array"):
+        Checkpoints(tmp_path, keep=2, say=said.append).restore(tree)
+    assert os.listdir(tmp_path) == ["2"]
+
+
+def test_28_an_interrupted_wait_leaves_the_checkpoint_to_its_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    goes_on = threading.Event()
+
+    def slow(folder: Path) -> None:
+        goes_on.wait(60)
+        seal(folder)
+
+    monkeypatch.setattr("almost_jax.io.checkpoints.seal", slow)
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints.save(1, {"w": jnp.arange(5.0)}, {})
+    interrupt = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+    interrupt.start()
+    with pytest.raises(KeyboardInterrupt):
+        checkpoints.wait()
+    interrupt.join()
+    threading.Timer(0.2, goes_on.set).start()
+    checkpoints.close()
+    assert os.listdir(tmp_path) == ["1"] and find_damage(tmp_path / "1") is None
 
 
 def test_foreign_folders_are_left_alone(tmp_path: Path):

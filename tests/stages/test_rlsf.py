@@ -18,6 +18,7 @@ from almost_jax.config import MeshConfig, OverOptimisationConfig, PpoConfig, Ppo
 from almost_jax.core.heads import add_head, sequence_scores
 from almost_jax.core.llama import LlamaConfig, init_params
 from almost_jax.core.losses import length_mask
+from almost_jax.core.partitioning import lowering_for
 from almost_jax.core.rotary import RopeConfig
 from almost_jax.errors import InputError, TrainingDiverged
 from almost_jax.io.checkpoints import Checkpoints
@@ -377,6 +378,26 @@ def dialogues_tokens(actors: rlsf.Actors) -> list[int]:
     return reward.dialogue_tokens(
         actors.sft.tokenizer, [{"role": "human", "text": "what is red"}, {"role": "assistant", "text": "a bird"}]
     )
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+@pytest.mark.parametrize("devices", [1, 2])
+def test_16_rollouts_are_judged_by_the_attention_of_the_updates_on_a_tpu_too(
+    make_ppo: Callable[..., Run], tmp_path: Path, devices: int, explicit: bool
+) -> None:
+    settings = MeshConfig(fsdp=2 if devices == 2 else 1, data=1)
+    run = make_ppo(tmp_path, mesh=settings, devices=devices)
+    settings = settings.model_copy(update={"explicit": explicit, "vocab_chunk": 7})
+    run = dataclasses.replace(run, config=run.config.model_copy(update={"mesh": settings}))
+    with lowering_for("tpu"):
+        judging = rlsf.load_actors(run).players
+        learning = rlsf.training_players(judging, settings, run.mesh)
+    assert judging.policy.attention == ("splash" if devices == 1 else "plain")
+    # Explicit FSDP gathers weights as it goes, and nothing else is different.
+    for name in ("policy", "critic"):
+        ours, theirs = getattr(judging, name), getattr(learning, name)
+        assert ours == dataclasses.replace(theirs, gather=None), name
+    assert judging.reward == learning.reward
 
 
 def test_05_ppo_is_the_same_on_four_devices(make_ppo: Callable[..., Run], tmp_path: Path) -> None:

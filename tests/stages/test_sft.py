@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from almost_jax.config import MeshConfig
 from almost_jax.core.attention import attention, causal_mask
 from almost_jax.core.llama import hidden_states, logits
 from almost_jax.core.splash import splash_attention
@@ -210,6 +211,16 @@ def test_28_packed_fine_tuning_takes_the_same_steps_and_resumes_to_the_byte(
     ours, theirs = (load_model(str(run.path("sft", "model")), run.mesh, "float32") for run in (whole, stopped))
     for left, right in zip(jax.tree.leaves(ours.params), jax.tree.leaves(theirs.params), strict=True):
         np.testing.assert_array_equal(left, right)
+
+
+def test_packed_rows_are_split_over_slices_too(make_run: Callable[..., Run], tmp_path: Path) -> None:
+    training = {"batch_size": 4, "max_length": 32, "log_every": 1}
+    run = make_run(
+        tmp_path, mesh=MeshConfig(data=2, dcn_data=2), devices=4, sft={"training": training, "packed_length": 48}
+    )
+    assert sft.fine_tune(run, "sft", "demonstrations.jsonl")["steps"] == 6
+    said = run.console.file.getvalue()  # type: ignore[attr-defined]
+    assert "4 demonstrations in 4 rows of 48 tokens a step" in said
 
 
 def test_human_tokens_get_no_gradient_as_targets(small: Model) -> None:
