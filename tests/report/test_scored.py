@@ -52,13 +52,13 @@ def test_the_audit_names_rule_scorer_interval_and_verdict(scored_run: Path) -> N
     assert "A over B 0.44" in str(scored.audit_section(alone).blocks[0])
 
 
-def test_the_audit_shows_the_scores_of_each_configuration() -> None:
+def test_the_audit_shows_the_scores_of_each_configuration(scored_run: Path) -> None:
     means = {
         "A": {"as_is": {"mean": 0.5126, "ci95": [0.1, 0.9], "n": 25}, "judge": {"mean": 8.25, "ci95": [8, 9], "n": 50}},
         "B": {"judge": {"mean": 4.5, "ci95": [4, 5], "n": 100}},
     }
-    audit = {"queries": 25, "rungs": {"A over B": {"rule": "shots", "longer": 0.44}}, "configurations": means}
-    table = scored.audit_section(audit).blocks[1].table  # type: ignore[union-attr]
+    audit = json.loads((scored_run / "audit" / "audit.json").read_text())
+    table = scored.audit_section({**audit, "configurations": means}).blocks[1].table  # type: ignore[union-attr]
     assert table.rows == [
         ("A", "as-is reward model", "0.513", "0.100 to 0.900", "25"),
         ("A", "judge", "8.250", "8.000 to 9.000", "50"),
