@@ -512,6 +512,8 @@ class PpoConfig(Section):
             raise wrong("sampling.temperature", "rollouts must be sampled; a temperature of 0 is greedy")
         if self.sampling.trim_unfinished:
             raise wrong("sampling.trim_unfinished", "rollouts are learned from as they are; only prompts may trim")
+        if self.kl_controller == "adaptive" and self.kl_coef == 0:
+            raise wrong("kl_coef", "an adaptive coefficient is multiplied step by step, so 0 stays 0; start above it")
         if 0 < self.dual_clip <= 1:
             raise wrong("dual_clip", f"{self.dual_clip} would clip the old policy itself; use more than 1, or 0")
         return self
@@ -519,7 +521,7 @@ class PpoConfig(Section):
     @property
     def uses_reference(self) -> bool:
         """Whether the reference policy is in memory: something is computed from it, or it was asked for."""
-        return self.kl_coef > 0 or self.kl_controller == "adaptive" or self.keep_reference
+        return self.kl_coef > 0 or self.keep_reference
 
 
 class OverOptimisationConfig(Section):

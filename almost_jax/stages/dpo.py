@@ -1,8 +1,8 @@
 """Direct preference optimisation from the synthetic pairs: the baseline that needs neither reward model nor rollouts.
 
-It starts from the SFT policy, which is also its reference, and learns from the very pairs that the reward model was
-trained on, so that within one run RLSF can be told apart from simply learning its preferences. The reference's
-log-probs are computed once and kept in reference.jsonl. Source: Rafailov et al. 2023.
+It starts from the SFT policy, which is also its reference, and learns from the pairs that the filters kept, as the
+reward model does (each holds out some of its own), so that within one run RLSF can be told apart from simply learning
+preferences. The reference's log-probs are computed once and kept in reference.jsonl. Source: Rafailov et al. 2023.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ from almost_jax.io.run import Run
 from almost_jax.io.tokenizer import Tokenizer
 from almost_jax.sampling.layout import decode_layout
 from almost_jax.stages.dialogues import training_tokens
-from almost_jax.stages.execution import placed_for_training, training_shape, training_spread
+from almost_jax.stages.execution import head_chunk, placed_for_training, training_shape, training_spread
 from almost_jax.stages.reward import Pair, check_any_kept, comparison_pair, split_pairs
 from almost_jax.stages.sft import Example
 from almost_jax.stages.templates import Turn
@@ -73,7 +73,7 @@ def run_stage(run: Run) -> dict[str, Any]:
     optimizer = make_optimizer(training.optimizer, total_steps)
     settings, mesh = run.config.mesh, run.mesh
     shape = training_shape(source.config, settings, mesh)
-    whole = dataclasses.replace(source.config, vocab_chunk=settings.vocab_chunk)
+    whole = dataclasses.replace(source.config, vocab_chunk=head_chunk(settings))
     score = functools.partial(_response_logprobs, config=whole, length_normalized=config.length_normalized)
 
     def logprobs(params: Params, chosen: Sequence[Pair]) -> np.ndarray:

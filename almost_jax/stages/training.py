@@ -210,7 +210,9 @@ def fit(
                 figures = fetched(on_device)
                 guard.skips(step, non_finite(figures, action))
             if logs:
-                figures["learning_rate"] = float(schedule(step - 1))
+                # A skipped step leaves the optimizer's count, and so its place in the schedule, as it was.
+                done = int(state.step) - (0 if figures.get("skipped") else 1)
+                figures["learning_rate"] = float(schedule(done))
                 if saves and evaluate is not None:
                     figures |= evaluate(state.params)
                 metrics.log(step, figures)

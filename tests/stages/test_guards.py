@@ -154,5 +154,8 @@ def test_supervised_training_stops_skips_or_looks_away(
     if action == "skip":
         assert losses[1] is None and [line["skipped"] for line in lines] == [0, 1, 0] and finite
         assert "sft: skipped step 2: " in said(run) and "loss is inf; the last good checkpoint is step 1" in said(run)
+        # The third step is the second update, at the rate that the second would have had.
+        first, second, third = (line["learning_rate"] for line in lines)
+        assert first > second == third
     else:
         assert losses[1:] == [None, None] and not finite

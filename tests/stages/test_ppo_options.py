@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from almost_jax.config import PpoConfig
 from almost_jax.io.models import load_model
@@ -43,8 +44,10 @@ def test_without_a_kl_penalty_no_reference_is_kept_or_run(
     assert seen[2] is not None and lines_of(kept)[1]["kl"] != 0
     # The penalty being nothing, both learn the same.
     assert [line["policy_loss"] for line in lines_of(kept)] == [line["policy_loss"] for line in lines_of(run)]
-    for coefficient, controller, uses in ((0.1, "fixed", True), (0.0, "adaptive", True), (0.0, "fixed", False)):
+    for coefficient, controller, uses in ((0.1, "fixed", True), (0.1, "adaptive", True), (0.0, "fixed", False)):
         assert PpoConfig(kl_coef=coefficient, kl_controller=controller).uses_reference is uses
+    with pytest.raises(ValidationError, match="0 stays 0; start above it"):
+        PpoConfig(kl_coef=0.0, kl_controller="adaptive")
 
 
 def test_frozen_models_are_cast_but_for_norms_and_head(make_ppo: Callable[..., Run], tmp_path: Path) -> None:

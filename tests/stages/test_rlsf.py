@@ -29,6 +29,7 @@ from almost_jax.sampling.engine import Request, Settings, generate
 from almost_jax.sampling.rows import Samples, stacked
 from almost_jax.sampling.rules import SamplingRules
 from almost_jax.stages import reward, rlsf, rollouts, updates
+from almost_jax.stages.actors import load_actors
 from almost_jax.stages.rollouts import Players
 
 CONFIG = LlamaConfig(
@@ -349,6 +350,9 @@ def test_critic_warm_up_leaves_the_policy_alone(make_ppo: Callable[..., Run], tm
     assert [line["learning_rate"] > 0 for line in lines] == [False, False, True]
     assert [abs(line["kl"]) < 1e-5 for line in lines] == [True, True, True]
     # A zero head predicts 0 at first.
+    actors = load_actors(run)
+    state = rlsf.start_state(run, actors, *rlsf.make_optimizers(run.config.ppo))
+    assert not np.asarray(state.critic.params["score"]["kernel"]).any()
     assert lines[0]["value_loss"] > 0 and "policy_grad_norm" not in lines[0] and "policy_grad_norm" in lines[2]
     before, after, final = (
         load_model(str(run.path("rlsf", name)), run.mesh, "float32").params
