@@ -137,6 +137,13 @@ class SamplingConfig(Section):
     prefill_tokens: PositiveInt = 2048
 
 
+class AnswersConfig(SamplingConfig):
+    """`SamplingConfig` for answers to the Vicuna questions: drawn as FastChat drew its own, unless said otherwise."""
+
+    temperature: NonNegative = 0.7
+    max_new_tokens: PositiveInt = 1024
+
+
 class PromptedModel(Section):
     """A vanilla model behind a few-shot dialogue prompt.
 
@@ -543,7 +550,7 @@ class VicunaConfig(Section):
     against: Text = "vanilla"
     judge: Text = "reward_model"
     prompt: Text = "plain"
-    sampling: SamplingConfig = SamplingConfig()
+    sampling: AnswersConfig = AnswersConfig()
     url: Text = "https://api.openai.com/v1"
     key_variable: Text = "OPENAI_API_KEY"
     concurrency: PositiveInt = 4

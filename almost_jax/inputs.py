@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import almost_jax
 from almost_jax.config import ExperimentConfig, PromptedModel
 from almost_jax.errors import InputError
+from almost_jax.evaluation.answers import prompted
 from almost_jax.evaluation.benchmark_stage import POLICIES
 from almost_jax.io.paths import local_path
 from almost_jax.stages.templates import demonstrations_text, prompt_file
@@ -105,9 +106,9 @@ def check_inputs(config: ExperimentConfig) -> None:
     """
     for _, name in config.model_references():
         model_path(name, config.models[name])
-    for key, prompted in _prompted(config):
+    for key, model in _prompted(config):
         try:
-            demonstrations_text(prompted)
+            demonstrations_text(model)
         except InputError as error:
             raise InputError(f"{key}.{error}") from error
     for key, path in _files(config):
@@ -131,18 +132,25 @@ def model_path(name: str, source: str) -> Path:
 
 
 def _prompted(config: ExperimentConfig) -> Iterator[tuple[str, PromptedModel]]:
-    for name, prompted in config.comparisons.configurations.items():
-        yield f"comparisons.configurations.{name}", prompted
+    for name, model in config.comparisons.configurations.items():
+        yield f"comparisons.configurations.{name}", model
     yield "demonstrations.assistant", config.demonstrations.assistant
     yield "demonstrations.user", config.demonstrations.user
     if config.evaluation.prompted is not None:
         yield "evaluation.prompted", config.evaluation.prompted
+    if config.evaluation.vicuna is not None:
+        try:
+            asked = prompted(config.evaluation.vicuna.prompt)
+        except InputError as error:
+            raise InputError(f"evaluation.vicuna.{error}") from error
+        if asked is not None:
+            yield "evaluation.vicuna.prompt", asked
 
 
 def _files(config: ExperimentConfig) -> Iterator[tuple[str, Path]]:
     """Every (dotted key, file) that the stages will read."""
-    for key, prompted in _prompted(config):
-        yield f"{key}.demonstrations", prompt_file(prompted.demonstrations)
+    for key, model in _prompted(config):
+        yield f"{key}.demonstrations", prompt_file(model.demonstrations)
     if config.queries.source == "file":
         yield "queries.file", _local("queries.file", config.queries.file or "")
     if config.queries.source == "self_instruct":

@@ -1,10 +1,12 @@
 """Experiment files: what is inherited, overridden and swept, and what one line bad input gets."""
 
+import inspect
 from pathlib import Path
 
 import pytest
 import yaml
 
+from almost_jax.commands.evaluate import vicuna_command
 from almost_jax.config import ExperimentConfig, Section
 from almost_jax.errors import InputError
 from almost_jax.experiments import dump_experiment, load_experiment, load_sweep
@@ -152,6 +154,15 @@ def test_bad_overrides_are_named_with_what_would_be_right(override: str, expecte
 )
 def test_keys_that_disagree_are_refused(override: str, expected: str) -> None:
     assert expected in problem(MICROWORLD, override)
+
+
+def test_answers_to_the_vicuna_questions_are_drawn_as_by_the_command() -> None:
+    command = inspect.signature(vicuna_command).parameters
+    for given in ("", ", sampling: {batch_size: 8}"):
+        config = load_experiment(MICROWORLD, [f"evaluation.vicuna={{questions: q.jsonl{given}}}"])
+        assert config.evaluation.vicuna is not None
+        for key in ("temperature", "top_p", "max_new_tokens"):
+            assert getattr(config.evaluation.vicuna.sampling, key) == command[key].default
 
 
 def test_an_as_is_model_that_is_not_trained_needs_no_model() -> None:

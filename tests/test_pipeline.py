@@ -310,6 +310,16 @@ def test_a_changed_file_of_demonstrations_is_noticed(bench: Bench, tmp_path: Pat
     assert "content of demonstrations.user.demonstrations: " in bench.lines
 
 
+def test_a_changed_file_behind_the_prompt_of_vicuna_is_noticed(bench: Bench, tmp_path: Path) -> None:
+    (tmp_path / "questions.jsonl").write_text("{}")
+    prompt = tmp_path / "few.yaml"
+    prompt.write_text("dialogues:\n- turns: [{human: a}, {assistant: b}]\n")
+    override = [f"evaluation.vicuna={{questions: {tmp_path}/questions.jsonl, prompt: '{prompt}:1'}}"]
+    bench(override)
+    prompt.write_text("dialogues:\n- turns: [{human: a}, {assistant: c}]\n")
+    assert bench(override)[0] == "benchmarks"
+
+
 def test_a_missing_output_is_made_again_and_nothing_else(bench: Bench) -> None:
     bench()
     before = bench.files()
@@ -369,6 +379,9 @@ def test_a_damaged_status_is_bad_input_and_nothing_is_touched(bench: Bench, cont
         ("comparisons.configurations.B.shots=99", "comparisons.configurations.B"),
         ("demonstrations.user.demonstrations=nobody", "demonstrations.user.demonstrations"),
         ("as_is_reward.votes=/nowhere.jsonl", "as_is_reward.votes: there is no file /nowhere.jsonl"),
+        ("evaluation.vicuna={questions: /q, prompt: 'hhh:x'}", "evaluation.vicuna.prompt 'hhh:x': expected plain"),
+        ("evaluation.vicuna={questions: /q, prompt: 'nobody:3'}", "evaluation.vicuna.prompt.demonstrations 'nobody': "),
+        ("evaluation.vicuna={questions: /q, prompt: 'hhh:99'}", "evaluation.vicuna.prompt.demonstrations 'hhh': shots"),
         ("mesh.tensor=3", "mesh (data: -1, fsdp: 1, tensor: 3)"),
     ],
 )

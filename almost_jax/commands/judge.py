@@ -81,7 +81,10 @@ def reviews_command(
     second: Annotated[Path | None, typer.Option(help="The second model's answers.", callback=on_disk)] = None,
     against: Annotated[
         Path | None,
-        typer.Option(help="items.jsonl of another judge, or other reviews, to compare with.", callback=on_disk),
+        typer.Option(
+            help="What another judge said, to compare with: items.jsonl, the file of evaluate vicuna, or reviews.",
+            callback=on_disk,
+        ),
     ] = None,
     samples: Samples = 1000,
     seed: Seed = 0,
@@ -100,14 +103,25 @@ def reviews_command(
 
 
 def _items(path: Path) -> list[Record]:
-    """Items that `judge` wrote, or reviews."""
-    records = read_records(path)
+    """Items that `judge` wrote, or those of a result of `evaluate vicuna`, or reviews."""
+    records = _of_a_result(path)
+    if records is None:
+        records = read_records(path)
     if not records or not all("verdict" in record for record in records):
         return vicuna.read_reviews(path)
     for number, record in enumerate(records, start=1):
         if record["verdict"] not in (*vicuna.VERDICTS, None) or "question_id" not in record:
             raise InputError(f"{path}, record {number}: verdict is {record['verdict']!r}; expected win, tie or loss")
     return records
+
+
+def _of_a_result(path: Path) -> list[Record] | None:
+    """The items of a file that is one JSON object with such; None for all else, which has lines."""
+    try:
+        items = json.loads(path.read_text(encoding="utf-8"))["items"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+    return items if isinstance(items, list) and all(isinstance(item, dict) for item in items) else None
 
 
 def _print(summary: dict[str, Any], items: list[Record]) -> None:

@@ -45,7 +45,8 @@ def answer(
     """
     if model.kind != "policy":
         raise InputError(f"model {model.name!r}: a reward model answers nothing; expected a language model")
-    prompt = _prompt(asked)
+    few_shot = prompted(asked)
+    prompt = "" if few_shot is None else demonstrations_text(few_shot)
     # What the answers depend on, and not how fast they come.
     drawn = sampling.model_dump(include={"temperature", "top_p", "top_k", "max_new_tokens", "trim_unfinished"})
     content = json.dumps([model_digest(model), asked, prompt, drawn, seed, list(questions)])
@@ -72,14 +73,18 @@ def answer(
         return writer.records
 
 
-def _prompt(asked: str) -> str:
-    """The few-shot prompt of `NAME:K`, "" for the others."""
+def prompted(asked: str) -> PromptedModel | None:
+    """The few-shot prompt that `NAME:K` names, before a model of no name; None for `plain` and `chat`.
+
+    Raises:
+        InputError: it is none of these.
+    """
     if asked in (PLAIN, CHAT):
-        return ""
+        return None
     name, _, shots = asked.rpartition(":")
     if not name or not shots.isdecimal() or int(shots) < 1:
         raise InputError(f"prompt {asked!r}: expected plain, chat, or NAME:K for the first K demonstrations of NAME")
-    return demonstrations_text(PromptedModel(model="-", demonstrations=name, shots=int(shots)))
+    return PromptedModel(model="-", demonstrations=name, shots=int(shots))
 
 
 def _replies(

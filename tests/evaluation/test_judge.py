@@ -396,6 +396,25 @@ def test_evaluate_vicuna_keeps_what_it_paid_for(
     assert found["items"][0]["answers"] == ["a longer one", "two"] and found["length_controlled"]["n"] == 3
 
 
+def test_reviews_are_compared_with_a_result_of_evaluate_vicuna(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(arguments_of(server, tmp_path, pairs(3)))
+    write_records(tmp_path / "reviews.jsonl", ({"question_id": number, "score": [7, 7]} for number in range(3)))
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["reviews", str(tmp_path / "reviews.jsonl"), "--against", str(tmp_path / "vicuna.json")])
+    assert ended.value.code == 0
+    assert json.loads(capsys.readouterr().out)["against"]["agreement"] == 1.0
+    for content in ('{"items": 3}', '{"items": [{"verdict": "best", "question_id": 1}]}', "{"):
+        (tmp_path / "bad.json").write_text(content)
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["reviews", str(tmp_path / "reviews.jsonl"), "--against", str(tmp_path / "bad.json")])
+        said = capsys.readouterr().err
+        assert ended.value.code == 2 and "bad.json" in said and said.count("\n") == 1
+
+
 def test_28_a_killed_call_asks_only_for_what_is_missing(server: Server, tmp_path: Path) -> None:
     arguments = arguments_of(server, tmp_path, pairs(3))
     reached, release = threading.Event(), threading.Event()
