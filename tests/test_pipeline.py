@@ -415,8 +415,8 @@ def test_a_damaged_status_is_bad_input_and_nothing_is_touched(bench: Bench, cont
         ("demonstrations.user.demonstrations=nobody", "demonstrations.user.demonstrations"),
         ("as_is_reward.votes=/nowhere.jsonl", "as_is_reward.votes: there is no file /nowhere.jsonl"),
         ("evaluation.vicuna={questions: /q, prompt: 'hhh:x'}", "evaluation.vicuna.prompt 'hhh:x': expected plain"),
-        ("evaluation.vicuna={questions: /q, prompt: 'nobody:3'}", "evaluation.vicuna.prompt.demonstrations 'nobody'"),
-        ("evaluation.vicuna={questions: /q, prompt: 'hhh:99'}", "demonstrations 'hhh': shots: 99 were asked for"),
+        ("evaluation.vicuna={questions: /q, prompt: 'nobody:3'}", "evaluation.vicuna.prompt.demonstrations 'nobody': "),
+        ("evaluation.vicuna={questions: /q, prompt: 'hhh:99'}", "evaluation.vicuna.prompt.demonstrations 'hhh': shots"),
         ("mesh.tensor=3", "mesh (data: -1, fsdp: 1, tensor: 3)"),
     ],
 )

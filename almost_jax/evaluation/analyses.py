@@ -21,6 +21,7 @@ from almost_jax.evaluation.statistics import (
     difference,
     interval,
     quantile_bins,
+    share_interval,
     weighted_clusters,
 )
 from almost_jax.stages.pair_figures import GAP_EDGES
@@ -39,7 +40,8 @@ HEURISTIC = ("empty", "identical", "keyword", "length")
 LENGTH_BINS = 10
 
 DEFINITIONS = {
-    "ci95": "95% percentile bootstrap over queries; differences resample the queries of both sides together",
+    "ci95": "95% percentile bootstrap over queries; differences resample the queries of both sides together; a share "
+    "on which all queries agree has Clopper and Pearson's exact interval",
     "significant": "the interval of the difference leaves out 0",
     "pairs": "share of the kept pairs of comparisons.jsonl whose chosen response has the higher gold score; "
     "a tie counts half",
@@ -125,7 +127,7 @@ def pair_quality(
             "ties": sum(row[2] == 0 for row in kept),
         }
         details[name] = {
-            "accuracy": interval(sums[name], bootstrap) if kept else None,
+            "accuracy": share_interval(sums[name], bootstrap) if kept else None,
             "chosen_is_longer": float(np.mean([agreement(row[3], 1.0) for row in kept])) if kept else None,
             "length_matched_accuracy": length_matched(
                 [(row[0], agreement(row[2], 1.0), row[3] * np.sign(row[2])) for row in kept if row[2] != 0],
@@ -161,7 +163,7 @@ def length_matched(
     matched = weighted_clusters(
         [(query, float(weight), right) for (query, right, _), weight in zip(rows, weights, strict=True)], queries
     )
-    return interval(matched, bootstrap) if matched.n else None
+    return share_interval(matched, bootstrap) if matched.n else None
 
 
 def reward_accuracy(items: Sequence[Item], queries: Sequence[str], bootstrap: Bootstrap) -> dict[str, Any]:
@@ -195,7 +197,7 @@ def reward_accuracy(items: Sequence[Item], queries: Sequence[str], bootstrap: Bo
                 as_is = agreement(first["as_is"] - second["as_is"], truth)
                 scores["as_is_accuracy"].setdefault(query, []).append(as_is)
     sums = {name: clusters(scores[name], queries) for name in names}
-    details = {name: interval(sums[name], bootstrap) if sums[name].n else None for name in names}
+    details = {name: share_interval(sums[name], bootstrap) if sums[name].n else None for name in names}
     details["length_matched_accuracy"] = length_matched(by_gap, queries, bootstrap)
     gains = {
         f"accuracy - {rival}": difference(sums["accuracy"], sums[rival], bootstrap)

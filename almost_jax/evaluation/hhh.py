@@ -8,7 +8,7 @@ on the order of the choices: a tie counts half. Source: Askell et al. 2021 (arXi
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from almost_jax.io.records import Record, read_records
 from almost_jax.stages.templates import Role, Turn, query_prompt
 
 HUB = "HuggingFaceH4/hhh_alignment"
+EXPORT = "refs/convert/parquet"
 SUBSETS = ("harmless", "helpful", "honest", "other")
 SEPARATOR = " "
 DECIDES = {"policy": "logprobs", "reward": "rewards"}
@@ -35,21 +36,32 @@ def load_comparisons(path: Path | None) -> list[Record]:
     """
     if path is not None:
         return read_comparisons(path)
-    from datasets import load_dataset
-
     records: list[Record] = []
     for subset in SUBSETS:
+        records += [{"subset": subset, **row} for row in _from_hub(subset)]
+    return _checked(records, HUB)
+
+
+def _from_hub(subset: str) -> Iterable[Record]:
+    """A subset's rows. The repository holds a script, which newer `datasets` refuse: the hub's own export goes first.
+
+    In that export a subset is a folder, and its name no configuration.
+    """
+    from datasets import load_dataset
+
+    faults = []
+    for arguments, settings in (((HUB,), {"data_dir": subset, "revision": EXPORT}), ((HUB, subset), {})):
         try:
-            rows = load_dataset(HUB, subset, split="test")
+            rows: Iterable[Record] = load_dataset(*arguments, split="test", **settings)
         # The library lets through whatever the network raises.
         except Exception as error:
-            line = " ".join(str(error).split())[:200]
-            raise InputError(
-                f"{HUB} ({subset}): can't be had from the hub ({type(error).__name__}: {line}); --data FILE reads it "
-                "from a JSON-lines file in the same fields"
-            ) from error
-        records += [{"subset": subset, **row} for row in rows]
-    return _checked(records, HUB)
+            faults.append(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        else:
+            return rows
+    raise InputError(
+        f"{HUB} ({subset}): can't be had from the hub ({'; '.join(dict.fromkeys(faults))}); --data FILE, in a run "
+        "evaluation.hhh.data, reads it from a JSON-lines file in the same fields"
+    )
 
 
 def read_comparisons(path: Path) -> list[Record]:

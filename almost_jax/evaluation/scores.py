@@ -25,13 +25,14 @@ from almost_jax.evaluation.analyses import (
     response_lengths,
     selected,
 )
-from almost_jax.evaluation.statistics import Bootstrap, agreement, clusters, interval, paired_intercept
+from almost_jax.evaluation.statistics import Bootstrap, agreement, clusters, paired_intercept, share_interval
 
 MEASURES = ("reward", "as_is")
 SOURCES = ("self_play", "reward_guided")
 
 DEFINITIONS = {
-    "ci95": "95% percentile bootstrap over queries; differences resample the queries of both sides together",
+    "ci95": "95% percentile bootstrap over queries; differences resample the queries of both sides together; a share "
+    "on which all queries agree has Clopper and Pearson's exact interval",
     "reward, as-is reward": "normalised: 0 is the mean and 1 the standard deviation over the reward model's reference "
     "samples",
     "at equal length": "the part of a gain that length does not explain: the intercept of a least-squares line through "
@@ -139,7 +140,7 @@ def rungs(
             rows = [(pair[0], hit, float(gap)) for pair, hit, gap in zip(pairs, right, gaps, strict=True)]
             share = clusters({query: [hit] for query, hit, _ in rows}, queries)
             rung[measure] = {
-                **interval(share, bootstrap),
+                **share_interval(share, bootstrap),
                 "length_matched": length_matched(rows, queries, bootstrap),
             }
         found[f"{better} over {worse}"] = rung

@@ -2,8 +2,8 @@
 
 Every interval here is a 95% percentile bootstrap over *queries*: the responses to one query are resampled together,
 since they share its difficulty. A mean is a ratio of two sums over queries (a total and a count), so one routine serves
-means per query, shares of pairs and their differences. `t_interval` is the exception: it is over the few points of a
-sweep.
+means per query, shares of pairs and their differences. There are two exceptions: `t_interval` is over the few points of
+a sweep, and a share on which all queries agree has an exact interval (`share_interval`).
 """
 
 import math
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.stats import beta
 from scipy.stats import t as student
 
 LEVEL = 0.95
@@ -106,6 +107,37 @@ def interval(quantity: Clusters, bootstrap: Bootstrap) -> dict[str, Any]:
         "ci95": _percentiles(_resampled_means([quantity], bootstrap)[0]),
         "n": quantity.n,
     }
+
+
+def share_interval(quantity: Clusters, bootstrap: Bootstrap) -> dict[str, Any]:
+    """`interval` of a share, a mean of scores from 0 to 1.
+
+    Where all queries agree, all resamples do too, and the bootstrap would know the share exactly from one query: then
+    the interval is that of `exact_interval` for as many draws as there are queries, or as their weights are worth
+    (Kish's effective size).
+    """
+    found = interval(quantity, bootstrap)
+    counts = quantity.counts[quantity.counts > 0]
+    if np.ptp(quantity.totals[quantity.counts > 0] / counts) > 1e-9:
+        return found
+    return {**found, "ci95": exact_interval(found["mean"], float(counts.sum() ** 2 / np.square(counts).sum()))}
+
+
+def exact_interval(share: float, n: float) -> list[float]:
+    """The 95% interval of Clopper and Pearson (Biometrika 1934) for `share` of `n` draws; a tie may count half.
+
+    Args:
+        share: from 0 to 1.
+        n: of draws, above 0.
+
+    Returns:
+        [low, high], within 0 to 1.
+    """
+    hits = min(max(share, 0.0), 1.0) * n
+    tail = (1 - LEVEL) / 2
+    low = float(beta.ppf(tail, hits, n - hits + 1)) if hits > 0 else 0.0
+    high = float(beta.ppf(1 - tail, hits + 1, n - hits)) if hits < n else 1.0
+    return [low, high]
 
 
 def difference(first: Clusters, second: Clusters, bootstrap: Bootstrap) -> dict[str, Any]:

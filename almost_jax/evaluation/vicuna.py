@@ -16,7 +16,7 @@ from almost_jax.errors import InputError
 from almost_jax.evaluation.choices import dialogue_rewards
 from almost_jax.evaluation.judge import Judge, Reply, parse_scores
 from almost_jax.evaluation.judge_prompts import SCORES, JudgePrompt
-from almost_jax.evaluation.statistics import LEVEL, Bootstrap, Clusters, interval
+from almost_jax.evaluation.statistics import LEVEL, Bootstrap, Clusters, exact_interval, share_interval
 from almost_jax.io.models import Model
 from almost_jax.io.records import Record, read_records
 from almost_jax.stages.templates import Turn
@@ -215,7 +215,7 @@ def summarize(items: Sequence[Record], bootstrap: Bootstrap) -> dict[str, Any]:
         **counts,
         "unparsed": len(items) - len(judged) - lost,
         "not_judged": lost,
-        "win_rate": interval(Clusters(values, np.ones(len(values))), bootstrap) if judged else None,
+        "win_rate": share_interval(Clusters(values, np.ones(len(values))), bootstrap) if judged else None,
         "length_controlled": length_controlled(values, _longer(judged), bootstrap) if known else None,
         "flips": _flips(judged) if judged and all(len(item["winners"]) == 2 for item in judged) else None,
     }
@@ -230,8 +230,12 @@ def length_controlled(values: np.ndarray, longer: np.ndarray, bootstrap: Bootstr
         bootstrap: resamples of the N pairs for the interval.
 
     Returns:
-        {"mean", "ci95", "n"}. The source is arXiv 2404.04475, without its terms for models and instructions.
+        {"mean", "ci95", "n"}; where all pairs end alike, with the exact interval of the rate itself. The source is
+        arXiv 2404.04475, without its terms for models and instructions.
     """
+    if np.ptp(values) == 0:
+        # Length can't explain what doesn't vary, and no resample would differ.
+        return {"mean": float(values[0]), "ci95": exact_interval(float(values[0]), len(values)), "n": len(values)}
     spread = float(np.std(longer))
     scaled = np.tanh(longer / spread) if spread else np.zeros(len(longer))
     generator = np.random.default_rng(bootstrap.seed)

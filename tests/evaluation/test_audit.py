@@ -35,6 +35,18 @@ def test_a_rung_holds_when_its_interval_is_above_one_half(ci95: list[float], exp
     assert audit.verdict(ci95) == expected
 
 
+@pytest.mark.parametrize(("n", "expected"), [(3, "noise"), (5, "noise"), (6, "holds")])
+def test_a_handful_that_all_agree_shows_nothing(auditing: Callable[..., Run], n: int, expected: str) -> None:
+    queries = [{"id": f"q{number}"} for number in range(n)]
+    items = [
+        {"query_id": query["id"], "system": f"configuration/{name}", "text": "x", "as_is": score}
+        for query in queries
+        for name, score in (("A", 1.0), ("B", 0.0))
+    ]
+    found = audit.analyse(auditing(), queries, items)["rungs"]["A over B"]["as_is"]
+    assert found["mean"] == 1.0 and found["verdict"] == expected
+
+
 def test_it_draws_what_the_responses_will_be_and_resumes_to_the_byte(auditing: Callable[..., Run]) -> None:
     run = auditing()
     summary = audit.run_stage(run)

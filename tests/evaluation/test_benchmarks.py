@@ -219,17 +219,43 @@ def test_the_command_writes_figures_and_items(
     assert ended.value.code == 2 and "hhh_alignment (harmless): can't be had" in said and "--data FILE" in said
 
 
-def test_questions_from_the_hub(monkeypatch: pytest.MonkeyPatch):
-    def load_dataset(name: str, subset: str, split: str) -> list[dict]:
-        if name == hhh.HUB:
-            assert split == "test"
-            return [{"input": f"about {subset} ?", "targets": {"choices": ["a", "b"], "labels": [1, 0]}}]
-        assert (name, subset, split) == (truthfulqa.HUB, "multiple_choice", "validation")
-        targets = {"choices": ["a", "b"], "labels": [1, 0]}
-        return [{"question": "why ?", "mc1_targets": targets, "mc2_targets": targets}]
+@pytest.mark.parametrize("exported", [True, False])
+def test_questions_from_the_hub(monkeypatch: pytest.MonkeyPatch, exported: bool):
+    targets = {"choices": ["a", "b"], "labels": [1, 0]}
+
+    def load_dataset(name: str, subset: str | None = None, *, split: str, **settings: str) -> list[dict]:
+        if name == truthfulqa.HUB:
+            assert (subset, split, settings) == ("multiple_choice", "validation", {})
+            return [{"question": "why ?", "mc1_targets": targets, "mc2_targets": targets}]
+        assert (name, split) == (hhh.HUB, "test")
+        if exported:
+            # As `datasets` 5 has it: scripts are refused, and the export's subsets are folders.
+            if settings.get("revision") != "refs/convert/parquet":
+                raise RuntimeError("Dataset scripts are no longer supported, but found hhh_alignment.py")
+            if subset is not None:
+                raise ValueError(f"BuilderConfig '{subset}' not found. Available: ['default']")
+            subset = settings["data_dir"]
+        elif settings:
+            raise FileNotFoundError("no such revision")
+        return [{"input": f"about {subset} ?", "targets": targets}]
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert [one["subset"] for one in hhh.load_comparisons(None)] == list(hhh.SUBSETS)
+    found = hhh.load_comparisons(None)
+    assert [one["subset"] for one in found] == list(hhh.SUBSETS)
+    assert [one["input"] for one in found] == [f"about {subset} ?" for subset in hhh.SUBSETS]
     assert truthfulqa.load_questions(None) == [
         {"question": "why ?", "mc1_targets": {"a": 1, "b": 0}, "mc2_targets": {"a": 1, "b": 0}}
     ]
+
+
+def test_a_hub_that_gives_nothing_says_why_in_one_line(monkeypatch: pytest.MonkeyPatch):
+    def load_dataset(*_: object, **settings: str) -> None:
+        if "revision" in settings:
+            raise FileNotFoundError("no\nrevision")
+        raise RuntimeError("Dataset scripts are no longer supported")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(InputError) as error:
+        hhh.load_comparisons(None)
+    said = str(error.value)
+    assert "FileNotFoundError: no revision; RuntimeError: Dataset scripts" in said and "\n" not in said

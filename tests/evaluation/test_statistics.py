@@ -12,8 +12,10 @@ from almost_jax.evaluation.statistics import (
     clusters,
     correlation,
     difference,
+    exact_interval,
     interval,
     quantile_bins,
+    share_interval,
     t_interval,
     weighted_clusters,
 )
@@ -61,6 +63,28 @@ def test_interval_resamples_queries_not_scores() -> None:
 
 def test_constant_scores_have_a_point_interval() -> None:
     assert interval(clusters({"a": [0.7], "b": [0.7]}, ["a", "b"]), BOOTSTRAP)["ci95"] == pytest.approx([0.7, 0.7])
+
+
+@pytest.mark.parametrize(("hits", "n"), [(0, 4), (4, 4), (3, 7), (1, 80)])
+def test_the_exact_interval_is_scipys(hits: int, n: int) -> None:
+    expected = stats.binomtest(hits, n).proportion_ci(0.95, "exact")
+    assert exact_interval(hits / n, n) == pytest.approx([expected.low, expected.high])
+
+
+def test_a_share_on_which_all_agree_is_not_certain() -> None:
+    queries = ["a", "b", "c", "unanswered"]
+    sure = share_interval(clusters({query: [1.0] for query in "abc"}, queries), BOOTSTRAP)
+    # No hit missing in three: 0.025 ** (1 / 3).
+    assert sure["ci95"] == pytest.approx([0.2924, 1.0], abs=1e-4) and (sure["mean"], sure["n"]) == (1.0, 3)
+    # Copies of a query's score say no more than one of them, and a light query less than a heavy one.
+    often = share_interval(clusters({query: [1.0] * 9 for query in "abc"}, queries), BOOTSTRAP)
+    assert often["ci95"] == pytest.approx(sure["ci95"]) and often["n"] == 27
+    light = share_interval(weighted_clusters([("a", 1.0, 1.0), ("b", 0.1, 1.0)], queries), BOOTSTRAP)
+    assert light["ci95"] == pytest.approx(exact_interval(1.0, 1.21 / 1.01))
+    ties = share_interval(clusters({query: [0.5] for query in "abc"}, queries), BOOTSTRAP)
+    assert ties["ci95"][0] == pytest.approx(1 - ties["ci95"][1]) and ties["ci95"][1] > 0.9
+    mixed = clusters({"a": [1.0], "b": [0.0], "c": [1.0]}, queries)
+    assert share_interval(mixed, BOOTSTRAP) == interval(mixed, BOOTSTRAP)
 
 
 def test_intervals_are_reproducible_and_follow_the_seed() -> None:

@@ -79,6 +79,15 @@ def test_length_control_takes_out_what_length_explains() -> None:
     assert found["ci95"][0] < found["mean"] < found["ci95"][1]
 
 
+@pytest.mark.parametrize(("verdict", "rate"), [("win", 1.0), ("loss", 0.0)])
+def test_verdicts_that_all_agree_are_not_certain(verdict: str, rate: float) -> None:
+    item = {"verdict": verdict, "winners": [1], "lengths": [5, 9], "replies": []}
+    found = vicuna.summarize([{**item, "question_id": number} for number in range(4)], BOOTSTRAP)
+    for figure in ("win_rate", "length_controlled"):
+        low, high = found[figure]["ci95"]
+        assert found[figure]["mean"] == rate and low <= 0.5 <= high and {low, high} & {rate}
+
+
 def test_length_control_at_the_edges() -> None:
     values = np.asarray([1.0, 0.0, 0.5, 1.0])
     assert vicuna.length_controlled(values, np.full(4, 7.0), BOOTSTRAP)["mean"] == pytest.approx(0.625, abs=1e-6)
