@@ -17,7 +17,7 @@ from almost_jax import cli, pipeline
 from almost_jax.commands.harness import _on_disk
 from almost_jax.commands.places import on_disk
 from almost_jax.errors import InputError
-from almost_jax.evaluation.answers import _prompt
+from almost_jax.evaluation.answers import prompted
 from almost_jax.experiments import load_experiment
 from almost_jax.inputs import _files, check_inputs, model_path
 from almost_jax.io import paths
@@ -27,6 +27,7 @@ from almost_jax.io.transfer import host_mesh
 from almost_jax.pipeline import STAGES
 from almost_jax.plan.shapes import model_shape
 from almost_jax.report import page
+from almost_jax.stages.templates import demonstrations_text
 
 _spec = importlib.util.spec_from_file_location(
     "models_commands", Path(__file__).parent / "commands" / "test_models_commands.py"
@@ -205,7 +206,8 @@ def test_a_model_comes_into_a_bucket_and_goes_out_of_it(capsys: pytest.CaptureFi
 
 def test_other_places_of_paths(bucket: Path) -> None:
     (bucket / "d.txt").write_text(DIALOGUES)
-    assert "Human: one" in _prompt("gs://shelf/d.txt:1")
+    few_shot = prompted("gs://shelf/d.txt:1")
+    assert few_shot is not None and "Human: one" in demonstrations_text(few_shot)
     place = str(bucket / "x")
     assert [_on_disk(one) for one in ("gs://shelf/x", "--output_path=gs://shelf/x", "--tasks", "a=gs://b")] == [
         *(place, f"--output_path={place}", "--tasks", "a=gs://b")
