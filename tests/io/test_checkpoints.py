@@ -206,11 +206,16 @@ def test_28_an_interrupted_wait_leaves_the_checkpoint_to_its_writer(tmp_path: Pa
     monkeypatch.setattr("almost_jax.io.checkpoints.seal", slow)
     checkpoints = Checkpoints(tmp_path, keep=2)
     checkpoints.save(1, {"w": jnp.arange(5.0)}, {})
+    # What a shell starts in the background ignores this signal.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     interrupt = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
-    interrupt.start()
-    with pytest.raises(KeyboardInterrupt):
-        checkpoints.wait()
-    interrupt.join()
+    try:
+        interrupt.start()
+        with pytest.raises(KeyboardInterrupt):
+            checkpoints.wait()
+        interrupt.join()
+    finally:
+        signal.signal(signal.SIGINT, before)
     threading.Timer(0.2, goes_on.set).start()
     checkpoints.close()
     assert os.listdir(tmp_path) == ["1"] and find_damage(tmp_path / "1") is None
