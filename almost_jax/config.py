@@ -446,7 +446,8 @@ class PpoConfig(Section):
     `cliprange_value` 0 mean none. `judge_micro_batches` splits the pass of all models over the rollouts; as the updates
     are split when 0. The frozen models' matrices are stored in `frozen_dtype`, `compute` being `compute_dtype`, which
     changes no bit. With a fixed `kl_coef` of 0 there is no reference in memory, and no KL is measured, unless
-    `keep_reference`. `overlap_rollouts` samples for step k + 1 before the updates of step k: off-policy by one step.
+    `keep_reference`. `overlap_rollouts` samples for step k + 1 by the policy from before the updates of step k, on one
+    device while they run: off-policy by one step.
     """
 
     steps: PositiveInt = 100
@@ -505,6 +506,8 @@ class PpoConfig(Section):
             raise wrong("sampling.temperature", "rollouts must be sampled; a temperature of 0 is greedy")
         if self.sampling.trim_unfinished:
             raise wrong("sampling.trim_unfinished", "rollouts are learned from as they are; only prompts may trim")
+        if self.kl_controller == "adaptive" and self.kl_coef == 0:
+            raise wrong("kl_controller", "adaptive multiplies kl_coef, and 0 stays 0; give more than 0, or fixed")
         if 0 < self.dual_clip <= 1:
             raise wrong("dual_clip", f"{self.dual_clip} would clip the old policy itself; use more than 1, or 0")
         return self
@@ -512,7 +515,7 @@ class PpoConfig(Section):
     @property
     def uses_reference(self) -> bool:
         """Whether the reference policy is in memory: something is computed from it, or it was asked for."""
-        return self.kl_coef > 0 or self.kl_controller == "adaptive" or self.keep_reference
+        return self.kl_coef > 0 or self.keep_reference
 
 
 class OverOptimisationConfig(Section):

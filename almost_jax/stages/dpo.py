@@ -1,8 +1,9 @@
 """Direct preference optimisation from the synthetic pairs: the baseline that needs neither reward model nor rollouts.
 
 It starts from the SFT policy, which is also its reference, and learns from the very pairs that the reward model was
-trained on, so that within one run RLSF can be told apart from simply learning its preferences. The reference's
-log-probs are computed once and kept in reference.jsonl. Source: Rafailov et al. 2023.
+trained on (where `dpo.held_out` and `dpo.training.max_length` are as the reward model's), so that within one run RLSF
+can be told apart from simply learning its preferences. The reference's log-probs are computed once and kept in
+reference.jsonl. Source: Rafailov et al. 2023.
 """
 
 import dataclasses
@@ -31,7 +32,7 @@ from almost_jax.io.run import Run
 from almost_jax.io.tokenizer import Tokenizer
 from almost_jax.sampling.layout import decode_layout
 from almost_jax.stages.dialogues import training_tokens
-from almost_jax.stages.execution import placed_for_training, training_shape, training_spread
+from almost_jax.stages.execution import head_chunk, placed_for_training, training_shape, training_spread
 from almost_jax.stages.reward import Pair, comparison_pair, split_pairs
 from almost_jax.stages.sft import Example
 from almost_jax.stages.templates import Turn
@@ -63,7 +64,8 @@ def run_stage(run: Run) -> dict[str, Any]:
     fitting = [pair for pair in pairs if all(len(tokens) <= training.max_length for tokens, _ in _sides(rows, pair))]
     if not fitting:
         raise InputError(f"dpo.training.max_length: none of {len(pairs)} pairs fits into {training.max_length} tokens")
-    train, test = split_pairs(fitting, config.held_out, run.seed(f"{NAME}/split"))
+    # The reward model's seed: what it held out is held out here too.
+    train, test = split_pairs(fitting, config.held_out, run.seed("reward/split"))
     run.say(f"{NAME}: {len(train)} pairs to train on, {len(test)} held out, {len(pairs) - len(fitting)} too long")
     length = fixed_length(max(len(tokens) for pair in fitting for tokens, _ in _sides(rows, pair)))
     ordered = [*train, *test]
@@ -72,7 +74,7 @@ def run_stage(run: Run) -> dict[str, Any]:
     optimizer = make_optimizer(training.optimizer, total_steps)
     settings, mesh = run.config.mesh, run.mesh
     shape = training_shape(source.config, settings, mesh)
-    whole = dataclasses.replace(source.config, vocab_chunk=settings.vocab_chunk)
+    whole = dataclasses.replace(source.config, vocab_chunk=head_chunk(settings))
     score = functools.partial(_response_logprobs, config=whole, length_normalized=config.length_normalized)
 
     def logprobs(params: Params, chosen: Sequence[Pair]) -> np.ndarray:
