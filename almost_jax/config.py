@@ -453,7 +453,8 @@ class PpoConfig(Section):
     `cliprange_value` 0 mean none. `judge_micro_batches` splits the pass of all models over the rollouts; as the updates
     are split when 0. The frozen models' matrices are stored in `frozen_dtype`, `compute` being `compute_dtype`, which
     changes no bit. With a fixed `kl_coef` of 0 there is no reference in memory, and no KL is measured, unless
-    `keep_reference`. `overlap_rollouts` samples for step k + 1 before the updates of step k: off-policy by one step.
+    `keep_reference`. `overlap_rollouts` samples for step k + 1 by the policy from before the updates of step k, on one
+    device while they run: off-policy by one step.
     """
 
     steps: PositiveInt = 100

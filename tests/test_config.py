@@ -153,6 +153,7 @@ def test_bad_overrides_are_named_with_what_would_be_right(override: str, expecte
         ("comparisons.configurations.E.demonstrations=other", "must stand in comparisons.demonstrations_order"),
         ("ppo.batch_size=7", "ppo.batch_size: 7 must be divisible by num_mini_batches x micro_batches"),
         ("reward.training.micro_batches=3", "must be divisible by micro_batches 3"),
+        ("ppo={kl_controller: adaptive, kl_coef: 0.0}", "ppo.kl_coef: an adaptive coefficient is multiplied"),
         ("ppo.sampling.temperature=0", "ppo.sampling.temperature: rollouts must be sampled"),
         ("queries.source=file", "queries.file: needs the path"),
         ("queries.source=self_instruct", "evaluation.gold: only the micro-world has a gold score"),

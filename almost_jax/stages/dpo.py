@@ -1,8 +1,9 @@
 """Direct preference optimisation from the synthetic pairs: the baseline that needs neither reward model nor rollouts.
 
-It starts from the SFT policy, which is also its reference, and learns from the pairs that the filters kept, as the
-reward model does (each holds out some of its own), so that within one run RLSF can be told apart from simply learning
-preferences. The reference's log-probs are computed once and kept in reference.jsonl. Source: Rafailov et al. 2023.
+It starts from the SFT policy, which is also its reference, and learns from the very pairs that the reward model was
+trained on (where `dpo.held_out` and `dpo.training.max_length` are as the reward model's), so that within one run RLSF
+can be told apart from simply learning its preferences. The reference's log-probs are computed once and kept in
+reference.jsonl. Source: Rafailov et al. 2023.
 """
 
 import dataclasses
@@ -64,7 +65,8 @@ def run_stage(run: Run) -> dict[str, Any]:
     fitting = [pair for pair in pairs if all(len(tokens) <= training.max_length for tokens, _ in _sides(rows, pair))]
     if not fitting:
         raise InputError(f"dpo.training.max_length: none of {len(pairs)} pairs fits into {training.max_length} tokens")
-    train, test = split_pairs(fitting, config.held_out, run.seed(f"{NAME}/split"))
+    # The reward model's seed: what it held out is held out here too.
+    train, test = split_pairs(fitting, config.held_out, run.seed("reward/split"))
     run.say(f"{NAME}: {len(train)} pairs to train on, {len(test)} held out, {len(pairs) - len(fitting)} too long")
     length = fixed_length(max(len(tokens) for pair in fitting for tokens, _ in _sides(rows, pair)))
     ordered = [*train, *test]

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -25,7 +26,7 @@ from almost_jax.core.partitioning import batch_sharding, replicated
 from almost_jax.io.batches import batch_indices, epoch_order
 from almost_jax.io.checkpoints import Checkpoints
 from almost_jax.io.models import Model, save_model
-from almost_jax.io.preemption import saves_first
+from almost_jax.io.preemption import asked_to_stop, saves_first
 from almost_jax.io.records import Record, read_records, write_records
 from almost_jax.io.run import Run
 from almost_jax.sampling.engine import Request, generate
@@ -123,15 +124,19 @@ def run_stage(run: Run, name: str = NAME) -> dict[str, Any]:
             for trains in (False, True)
         )
         guard = Guard(run, name, checkpoints, ppo.guards.max_skips, extra)
+        sampler = stack.enter_context(ThreadPoolExecutor(1)) if overlaps(run) else None
         progress = stack.enter_context(run.progress(name, ppo.steps, start))
         stack.enter_context(saves_first())
         for step in range(start + 1, ppo.steps + 1):
             update = training if step > ppo.critic_warmup_steps else warming
             gathered = ahead or collect(run, state, actors, prompts, step)
-            if ppo.overlap_rollouts:
-                # Sampled by the policy that the updates below leave behind; the last step keeps what it has.
-                ahead = collect(run, state, actors, prompts, step + 1) if step < ppo.steps else gathered
+            # Sampled by the policy that the updates below leave behind; the last step keeps what it has.
+            begun = None
+            if ppo.overlap_rollouts and step < ppo.steps:
+                begun = begin_rollouts(run, state, actors, prompts, step + 1, sampler)
             state, figures, arrays = learn(run, state, actors, gathered, step, update, guard)
+            if ppo.overlap_rollouts:
+                ahead = gathered if begun is None else begun()
             if math.isfinite(figures.get("kl", math.nan)):
                 state = dataclasses.replace(state, kl_coef=next_kl_coef(state.kl_coef, figures["kl"], ppo))
             last = step == ppo.steps
@@ -150,7 +155,7 @@ def run_stage(run: Run, name: str = NAME) -> dict[str, Any]:
             if step % ppo.checkpoint_every == 0 or last:
                 checkpoints.save(step, whole, guard.extra)
             progress.advance(1, **{key: figures[key] for key in ("reward", "kl") if key in figures})
-            stop_if_asked(run, name, step, whole, checkpoints, guard.extra)
+            stop_if_asked(asked_to_stop(), run, name, step, whole, checkpoints, guard.extra)
         save_model(run.path(name, "model"), policy_model(run, actors, state, name))
         metrics.close()
     final = read_records(run.path(name, "metrics.jsonl"))[-1]
@@ -221,6 +226,40 @@ def collect(run: Run, state: PpoState, actors: Actors, prompts: Prompts, step: i
     found = Gathered(samples, judged)
     # What may come from a checkpoint must lie as that would.
     return jax.device_put(found, batch_sharding(run.mesh)) if ppo.overlap_rollouts else found
+
+
+def overlaps(run: Run) -> bool:
+    """Whether rollouts ahead are made while the updates run, by a thread of their own.
+
+    On one device alone: of two programs that two threads start at once on several, each device may run another one
+    first, and their collectives then wait for each other for ever.
+    """
+    return run.config.ppo.overlap_rollouts and run.mesh.size == 1
+
+
+def begin_rollouts(
+    run: Run, state: PpoState, actors: Actors, prompts: Prompts, step: int, sampler: Executor | None
+) -> Callable[[], Gathered]:
+    """Begin to `collect` the rollouts of a step; the call of what is returned waits for them and gives them.
+
+    They come from copies of the parameters, so that the state may be donated at once. Without a `sampler` they are
+    there on return.
+    """
+    if sampler is None:
+        found = collect(run, state, actors, prompts, step)
+        return lambda: found
+    policy, critic = (
+        dataclasses.replace(trained, params=jax.tree.map(jnp.copy, trained.params), opt_state=())
+        for trained in (state.policy, state.critic)
+    )
+    own = PpoState(policy, critic, jnp.copy(state.kl_coef))
+
+    def work() -> Gathered:
+        # A mesh is set for one thread.
+        with jax.set_mesh(run.mesh):
+            return collect(run, own, actors, prompts, step)
+
+    return sampler.submit(work).result
 
 
 def learn(

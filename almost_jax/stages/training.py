@@ -129,16 +129,18 @@ def fixed_length(longest: int) -> int:
 
 
 def stop_if_asked(
-    run: Run, name: str, step: int, state: Any, checkpoints: Checkpoints, extra: dict[str, Any]
+    asked: bool, run: Run, name: str, step: int, state: Any, checkpoints: Checkpoints, extra: dict[str, Any]
 ) -> None:
     """After SIGTERM: save the state of this step, with `extra`, unless that is done already, and end the process.
+
+    `asked` is what `asked_to_stop` has said in this step: once for all of it, so that nothing is done by halves.
 
     Nothing but the state is written, so records are those of a run that was never stopped.
 
     Raises:
         Preempted: SIGTERM came.
     """
-    if not asked_to_stop():
+    if not asked:
         return
     if step not in checkpoints.steps():
         checkpoints.save(step, state, extra)
@@ -206,9 +208,11 @@ def fit(
             logs = saves or step % training.log_every == 0
             # An unlogged step's figures are looked at too before its state is saved as one to go on from, and where
             # skipped steps are counted; else the host needn't wait for them.
-            if logs or action == "skip" or asked_to_stop():
+            figures = fetched(on_device) if logs or action == "skip" else {}
+            asked = asked_to_stop()
+            if asked and not figures:
                 figures = fetched(on_device)
-                guard.skips(step, non_finite(figures, action))
+            guard.skips(step, non_finite(figures, action))
             if logs:
                 # A skipped step leaves the optimizer's count, and so its place in the schedule, as it was.
                 done = int(state.step) - (0 if figures.get("skipped") else 1)
@@ -219,5 +223,5 @@ def fit(
             if saves:
                 checkpoints.save(step, state, guard.extra)
             progress.advance(1, **({"loss": figures["loss"]} if logs else {}))
-            stop_if_asked(run, name, step, state, checkpoints, guard.extra)
+            stop_if_asked(asked, run, name, step, state, checkpoints, guard.extra)
     return state

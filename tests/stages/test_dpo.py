@@ -17,7 +17,7 @@ from almost_jax.io.models import load_model, save_model
 from almost_jax.io.records import read_records, write_records
 from almost_jax.io.run import Run
 from almost_jax.sampling.scoring import completion_logprobs
-from almost_jax.stages import dialogues, dpo
+from almost_jax.stages import dialogues, dpo, reward
 
 SECTION = {
     "beta": 0.4,
@@ -89,6 +89,30 @@ def test_before_the_first_update_the_policy_is_the_reference(tuned_run: Callable
     assert metrics[-1]["loss"] < 0.6 and metrics[-1]["margin"] > 0.1 and metrics[-1]["accuracy"] > 0.6
     assert summary["held_out_loss"] == metrics[-1]["held_out_loss"]
     assert load_model(str(run.path("dpo", "model")), run.mesh, "float32").kind == "policy"
+
+
+def test_it_learns_from_the_pairs_that_the_reward_model_learned_from(
+    tuned_run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, split, found = tuned_run(tmp_path), reward.split_pairs, list[Any]()
+
+    def remembering(*arguments: Any) -> Any:
+        found.append(split(*arguments))
+        return found[-1]
+
+    score, chunks = dpo._response_logprobs, set[int]()
+
+    def watching(*arguments: Any, config: Any, **rest: Any) -> Any:
+        chunks.add(config.vocab_chunk)
+        return score(*arguments, config=config, **rest)
+
+    monkeypatch.setattr(reward, "split_pairs", remembering)
+    monkeypatch.setattr(dpo, "split_pairs", remembering)
+    monkeypatch.setattr(dpo, "_response_logprobs", watching)
+    reward.run_stage(run)
+    dpo.run_stage(run)
+    assert found[0] == found[1] and len(found[0][1]) >= 8
+    assert chunks == {0}, "on a CPU the head is in one piece where pairs are scored too"
 
 
 @pytest.mark.parametrize("stop", ["reference", "training"])

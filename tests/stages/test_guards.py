@@ -153,9 +153,12 @@ def test_supervised_training_stops_skips_or_looks_away(
     finite = all(bool(np.isfinite(leaf).all()) for leaf in jax.tree.leaves(model.params))
     if action == "skip":
         assert losses[1] is None and [line["skipped"] for line in lines] == [0, 1, 0] and finite
+        # The skipped update's learning rate is the next one's.
+        assert [line["learning_rate"] for line in lines] == pytest.approx([1e-5, 2e-5 / 3, 2e-5 / 3])
         assert "sft: skipped step 2: " in said(run) and "loss is inf; the last good checkpoint is step 1" in said(run)
         # The third step is the second update, at the rate that the second would have had.
         first, second, third = (line["learning_rate"] for line in lines)
         assert first > second == third
     else:
         assert losses[1:] == [None, None] and not finite
+        assert [line["learning_rate"] for line in lines] == pytest.approx([1e-5, 2e-5 / 3, 1e-5 / 3])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from almost_jax.config import PpoConfig
+from almost_jax.config import MeshConfig, PpoConfig
 from almost_jax.io.models import load_model
 from almost_jax.io.records import read_records
 from almost_jax.io.run import Run
@@ -171,6 +172,41 @@ def test_28_rollouts_ahead_are_off_policy_by_one_step_and_resume_to_the_byte(
             assert whole.path("rlsf", name).read_bytes() == resumed.path("rlsf", name).read_bytes()
         ours, theirs = (load_model(str(r.path("rlsf", "model")), r.mesh, "float32").params for r in (whole, resumed))
         jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_rollouts_ahead_are_made_while_the_updates_run(
+    make_ppo: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collect, learn, learning = rlsf.collect, rlsf.learn, threading.Event()
+
+    def waiting(run: Run, state: Any, actors: Any, prompts: Any, step: int) -> Any:
+        if step == 2:
+            assert learning.wait(60), "the rollouts of step 2 must not hold up the updates of step 1"
+        if step == 3 and run.directory.name == "failing":
+            raise Stopped
+        return collect(run, state, actors, prompts, step)
+
+    def begun(*arguments: Any) -> Any:
+        learning.set()
+        found = learn(*arguments)
+        # The parameters that were sampled from are gone by now, but for the copies.
+        state = arguments[1]
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.policy.params, state.critic.params)))
+        return found
+
+    monkeypatch.setattr(rlsf, "collect", waiting)
+    monkeypatch.setattr(rlsf, "learn", begun)
+    rlsf.run_stage(make_ppo(tmp_path / "whole", overlap_rollouts=True))
+    failing = make_ppo(tmp_path / "failing", overlap_rollouts=True)
+    with pytest.raises(Stopped):
+        rlsf.run_stage(failing)
+    assert [line["step"] for line in lines_of(failing)] == [1]
+    # Two devices would each take the two programs in an order of their own.
+    monkeypatch.undo()
+    several = make_ppo(tmp_path / "several", overlap_rollouts=True, steps=2, mesh=MeshConfig(data=2), devices=2)
+    assert not rlsf.overlaps(several)
+    rlsf.run_stage(several)
+    assert [line["steps_off_policy"] for line in lines_of(several)] == [0, 1]
 
 
 def test_rollouts_are_written_for_people_with_figures_that_add_up(

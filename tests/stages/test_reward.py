@@ -109,6 +109,19 @@ def test_14_normalised_reference_scores_have_mean_0_and_std_1_also_after_loading
     assert summary["steps"] == 5 == read_records(run.path("reward", "metrics.jsonl"))[-1]["step"]
 
 
+def test_the_head_starts_normal_with_a_variance_of_one_over_the_width(
+    make_run: Callable[..., Run], tmp_path: Path
+) -> None:
+    run = make_run(tmp_path)
+    small = run.model("small")
+    wide = dataclasses.replace(small, config=dataclasses.replace(small.config, hidden_size=9_999))
+    first, other = (np.asarray(reward.start_params(wide, seed, run.mesh)["score"]["kernel"]) for seed in (1, 2))
+    assert first.size == 9_999 and abs(first.mean()) < 4e-4
+    assert first.std() == pytest.approx(0.01, rel=0.03)
+    assert (np.abs(first) < 0.01).mean() == pytest.approx(0.683, abs=0.02), "it is normal"
+    assert (first != other).any()
+
+
 def test_14_a_constant_scorer_cannot_be_normalised() -> None:
     with pytest.raises(InputError, match="learned nothing"):
         reward.reward_moments(np.full((5,), 0.25, np.float32))

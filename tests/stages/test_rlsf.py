@@ -378,6 +378,30 @@ def test_critic_from_the_reward_model_starts_as_the_reward_model(make_ppo: Calla
     assert float(value[0, 0]) == pytest.approx(float(expected[0]), abs=1e-5)
 
 
+def test_critic_from_the_sft_model_starts_with_a_zero_head(make_ppo: Callable[..., Run], tmp_path: Path) -> None:
+    run = make_ppo(tmp_path, critic="sft")
+    actors = rlsf.load_actors(run)
+    state = rlsf.start_state(run, actors, *rlsf.make_optimizers(run.config.ppo))
+    assert not state.critic.params["score"]["kernel"].any()
+    body = {name: tree for name, tree in state.critic.params.items() if name != "score"}
+    jax.tree.map(np.testing.assert_array_equal, body, actors.sft.params)
+
+
+def test_policy_and_critic_have_learning_rates_of_their_own() -> None:
+    ppo = PpoConfig.model_validate(
+        {"optimizer": {"learning_rate": 3e-4, "schedule": "linear"}, "value_learning_rate": 2e-2, "steps": 5,
+         "num_ppo_epochs": 1, "critic_warmup_steps": 1}
+    )  # fmt: skip
+    params = {"kernel": jnp.ones((3,))}
+    # Adam's step for gradients that stay the same is the learning rate, which goes down over the run's updates.
+    for optimizer, rate, total in zip(rlsf.make_optimizers(ppo), (3e-4, 2e-2), (4, 5), strict=True):
+        state = optimizer.init(params)
+        for place in range(total):
+            with jax.numpy_dtype_promotion("standard"):
+                change, state = optimizer.update({"kernel": jnp.full((3,), 0.1)}, state, params)
+            np.testing.assert_allclose(change["kernel"], -rate * (1 - place / total), rtol=1e-4)
+
+
 def dialogues_tokens(actors: rlsf.Actors) -> list[int]:
     return reward.dialogue_tokens(
         actors.sft.tokenizer, [{"role": "human", "text": "what is red"}, {"role": "assistant", "text": "a bird"}]

@@ -17,6 +17,7 @@ from almost_jax.core.partitioning import replicated
 from almost_jax.core.train import Batch, TrainState, make_optimizer, make_train_step
 from almost_jax.errors import InputError, TrainingDiverged
 from almost_jax.io.batches import batch_indices
+from almost_jax.io.checkpoints import find_damage
 from almost_jax.io.preemption import Preempted, stops_on_sigterm
 from almost_jax.io.run import Run
 from almost_jax.stages import training
@@ -156,6 +157,53 @@ def test_28_sigterm_stops_at_once_where_nothing_must_be_saved_and_when_it_comes_
 
     with pytest.raises(Preempted), stops_on_sigterm():
         fit(make_run(tmp_path), impatient)
+
+
+def test_a_step_asks_once_whether_to_stop(
+    make_run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal between two questions would save a step whose figures nobody has looked at."""
+    asked: list[int] = []
+
+    def late() -> bool:
+        asked.append(1)
+        return False
+
+    monkeypatch.setattr(training, "asked_to_stop", late)
+    fit(make_run(tmp_path), batch_at)
+    assert len(asked) == TOTAL
+
+
+def test_28_a_torn_checkpoint_is_neither_gone_on_from_nor_named_as_good(
+    make_run: Callable[..., Run], tmp_path: Path
+) -> None:
+    def stopping(step: int) -> dict[str, np.ndarray]:
+        if step == 7:
+            raise Stopped
+        return batch_at(step)
+
+    with pytest.raises(Stopped):
+        fit(make_run(tmp_path), stopping)
+    folder = tmp_path / "line" / "checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["3", "6"]
+    os.truncate(folder / "6" / "extra.json", 0)
+
+    def poisoned(step: int) -> dict[str, np.ndarray]:
+        batch = batch_at(step)
+        return {**batch, "poison": np.full((6,), np.nan, np.float32)}
+
+    with pytest.raises(TrainingDiverged, match=r"diverged at step 4: .*last good checkpoint is step 3"):
+        fit(make_run(tmp_path), poisoned)
+
+    def preempted(step: int) -> dict[str, np.ndarray]:
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return batch_at(step)
+
+    # At the torn one's step the state is saved again.
+    with pytest.raises(Preempted), stops_on_sigterm():
+        fit(make_run(tmp_path), preempted)
+    assert sorted(path.name for path in folder.iterdir()) == ["3", "6"] and find_damage(folder / "6") is None
 
 
 def test_28_a_finished_training_is_not_repeated(make_run: Callable[..., Run], tmp_path: Path) -> None:
