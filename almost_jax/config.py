@@ -355,6 +355,15 @@ class RewardConfig(Section):
     training: TrainingConfig = TrainingConfig()
 
 
+class RewardAblationConfig(Section):
+    """The reward model on all pairs, on those after the heuristic filter, and on the kept ones, for as many steps.
+
+    They are compared on the pairs of the same queries, of which at least `held_out` pairs were kept.
+    """
+
+    held_out: PositiveInt = 500
+
+
 class DemonstrationsConfig(Section):
     """Reward-model-guided self-play (paper stage 2); `n: 1` is plain self-play.
 
@@ -597,6 +606,7 @@ class ExperimentConfig(Section):
     comparisons: ComparisonsConfig
     filters: FiltersConfig = FiltersConfig()
     reward: RewardConfig
+    reward_ablation: RewardAblationConfig | None = None
     demonstrations: DemonstrationsConfig
     sft: SftConfig
     dpo: DpoConfig | None = None

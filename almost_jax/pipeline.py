@@ -47,7 +47,17 @@ from almost_jax.io.preemption import stops_on_sigterm
 from almost_jax.io.records import write_bytes
 from almost_jax.io.run import Run
 from almost_jax.report import page
-from almost_jax.stages import as_is_reward, comparisons, demonstrations, dpo, queries, reward, rlsf, sft
+from almost_jax.stages import (
+    as_is_reward,
+    comparisons,
+    demonstrations,
+    dpo,
+    queries,
+    reward,
+    reward_ablation,
+    rlsf,
+    sft,
+)
 
 # status.json says this often how far a running stage is.
 SECONDS_BETWEEN_STEPS = 5.0
@@ -126,6 +136,13 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage("reward", reward.run_stage, ("reward", _SUMS), ("comparisons",), ("reward",)),
     Stage(
+        "reward_ablation",
+        reward_ablation.run_stage,
+        ("reward_ablation", "reward", _SUMS),
+        ("comparisons",),
+        ("reward_ablation",),
+    ),
+    Stage(
         "demonstrations",
         demonstrations.run_stage,
         ("demonstrations",),
@@ -163,7 +180,7 @@ STAGES: tuple[Stage, ...] = (
         "report",
         page.run_stage,
         ("name",),
-        ("audit", "evaluation", "benchmarks"),
+        ("audit", "reward_ablation", "evaluation", "benchmarks"),
         ("report.md", "report.html", "figures"),
         alone=True,
     ),

@@ -114,6 +114,7 @@ def sections(material: Material) -> list[Section]:
     else:
         found.append(Section("Comparisons", _comparisons(material)))
     found += [
+        Section("What are the filters worth to the reward model?", _ablation(material)),
         Section("Benchmarks", [TableBlock(*one) for one in benchmark_tables(material.directory)]),
         Section("Sample responses", _dialogues(material)),
         Section("Sample self-play", _self_play(material) if material.gold is None else []),
@@ -330,6 +331,24 @@ def _comparisons(material: Material) -> list[Block]:
     caption = f"What became of n = {counts.total():,} synthetic comparisons: kept, or the filter that dropped them."
     table = TableBlock(Table(("pairs", "count", "share"), rows, (1, 2)), caption)
     return [table, *scored.filter_stages(iter_records(path))]
+
+
+def _ablation(material: Material) -> list[Block]:
+    """The reward model on each set of pairs."""
+    found = load_json(material.directory / "reward_ablation" / "ablation.json")
+    if found is None:
+        return []
+    last = list(found["models"])[-1]
+    counts = next(iter(found["models"].values()))["held_out"]
+    sizes = ", ".join(f"{tables.FILTER_NAMES[name]} {figure['pairs']:,}" for name, figure in counts.items())
+    caption = (
+        f"One reward model, trained for {found['steps']:,} steps on the pairs that each filter leaves, and its "
+        f"accuracy on held-out pairs of the same queries before and after each filter (n: {sizes}); length-matched on "
+        f"those after the last, where “the longer one wins” is right in {counts[last]['longer_wins_accuracy']:.3f}. "
+        "What a pair says comes from the rule of thumb, not from people: the pairs that a filter keeps are those that "
+        "agree with it, so that a model trained on such pairs is at an advantage on them."
+    )
+    return [TableBlock(tables.ablation_table(found), caption)]
 
 
 def _dialogues(material: Material) -> list[Block]:

@@ -255,6 +255,28 @@ def filters_table(gold: Gold) -> Table:
     return Table(header, rows, tuple(range(1, len(header))))
 
 
+def ablation_table(found: Mapping[str, Any]) -> Table:
+    """The reward models of reward_ablation/ablation.json, each on every set of held-out pairs."""
+    names = list(found["models"])
+    rows = []
+    for name, model in found["models"].items():
+        on = model["held_out"]
+        cells = [cell for one in on.values() for cell in (number(one["accuracy"]), span(one["ci95"], ".3f"))]
+        matched = on[names[-1]]
+        rows.append(
+            (
+                FILTER_NAMES[name],
+                f"{model['pairs']:,}",
+                *cells,
+                number(matched["length_matched_accuracy"]),
+                span(matched["length_matched_ci95"], ".3f"),
+            )
+        )
+    scored = [cell for name in names for cell in (f"on {FILTER_NAMES[name]}", "95% interval")]
+    header = ("trained on", "pairs", *scored, "length-matched", "95% interval")
+    return Table(header, rows, tuple(range(1, len(header))))
+
+
 def number(value: float | None) -> str:
     """Three decimals, a dash for what isn't there."""
     return "–" if value is None else f"{value:.3f}"

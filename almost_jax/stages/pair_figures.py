@@ -89,9 +89,25 @@ def length_matched_interval(hits: np.ndarray, gaps: np.ndarray, groups: Sequence
         [low, high], clipped to 0..1; None when nothing can be matched.
     """
     weights = matching_weights(gaps)
+    return _interval(hits, weights, groups) if weights.any() else None
+
+
+def accuracy_interval(margins: np.ndarray, groups: Sequence[str]) -> list[float]:
+    """The 95% interval of a scorer's accuracy on pairs, as `length_matched_interval` has it.
+
+    Args:
+        margins: [n] score of the chosen text minus that of the rejected one.
+        groups: [n] names.
+
+    Returns:
+        [low, high], clipped to 0..1.
+    """
+    hits = 0.5 + 0.5 * np.sign(margins.astype(np.float64))
+    return _interval(hits, np.ones_like(hits), groups)
+
+
+def _interval(hits: np.ndarray, weights: np.ndarray, groups: Sequence[str]) -> list[float]:
     whole = weights.sum()
-    if not whole:
-        return None
     mean = weights @ hits / whole
     _, place = np.unique(np.asarray(groups), return_inverse=True)
     between = np.square(np.bincount(place, weights * (hits - mean))).sum()

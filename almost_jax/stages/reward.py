@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -230,15 +230,11 @@ def train_reward_model(
     """
     source = run.model_to_train(model_name)
     tokenizer = source.tokenizer
-    fitting, rows, longest = _tokenized(tokenizer, pairs, training.max_length)
+    fitting, rows, longest = tokenized(tokenizer, pairs, training.max_length)
     train, test = split_pairs(fitting, held_out, run.seed(f"{name}/split"))
     run.say(f"{name}: {len(train)} pairs to train on, {len(test)} held out, {len(pairs) - len(fitting)} too long")
     length = fixed_length(longest)
-    batches_seed, batch_size = run.seed(f"{name}/batches"), training.batch_size
-
-    def batch_at(step: int) -> dict[str, np.ndarray]:
-        chosen = [train[index] for index in batch_indices(step, batch_size, len(train), batches_seed)]
-        return pair_batch([(rows[pair.chosen], rows[pair.rejected]) for pair in chosen], length, tokenizer.pad_id)
+    batch_size = training.batch_size
 
     def scores(params: Params, texts: Sequence[str]) -> np.ndarray:
         if not texts:
@@ -259,23 +255,17 @@ def train_reward_model(
         return logged_figures(found)
 
     total_steps = count_steps(training, len(train))
-    optimizer = make_optimizer(training.optimizer, total_steps)
-    settings, mesh = run.config.mesh, run.mesh
-    shape = training_shape(source.config, settings, mesh)
-    loss_sums = functools.partial(pair_loss_sums, config=shape, margin=margin, centering=centering)
-    with jax.set_mesh(mesh):
-        params = start_params(source, run.seed(f"{name}/head"), mesh)
-        state = fresh_state(placed_for_training(params, source.config, settings, mesh), optimizer, mesh)
-        spread = training_spread(settings, mesh, shardings_of(state.params))
-        skips = training.guards.non_finite == "skip"
-        train_step = make_train_step(loss_sums, optimizer, training.micro_batches, shardings_of(state), spread, skips)
-        state = fit(run, name, state, train_step, batch_at, total_steps, training, evaluate)
+    params = fit_pairs(
+        run, name, source, train, rows, length, total_steps, seeds=name, margin=margin, centering=centering,
+        training=training, evaluate=evaluate,
+    )  # fmt: skip
+    with jax.set_mesh(run.mesh):
         reference = reference_texts(train, reference_samples, run.seed(f"{name}/reference"))
-        mean, std = reward_moments(scores(state.params, reference))
-        chosen, rejected = held_out_scores(state.params)
+        mean, std = reward_moments(scores(params, reference))
+        chosen, rejected = held_out_scores(params)
     model = dataclasses.replace(
         source,
-        params=state.params,
+        params=params,
         kind="reward",
         reward_mean=mean,
         reward_std=std,
@@ -294,6 +284,71 @@ def train_reward_model(
     }
     write_bytes(run.path(name, "evaluation.json"), (json.dumps(summary, indent=1) + "\n").encode())
     return summary
+
+
+def fit_pairs(
+    run: Run,
+    name: str,
+    source: Model,
+    train: Sequence[Pair],
+    rows: Mapping[str, Sequence[int]],
+    length: int,
+    total_steps: int,
+    *,
+    seeds: str,
+    margin: float,
+    centering: float,
+    training: TrainingConfig,
+    evaluate: Callable[[Params], dict[str, float]] | None,
+) -> Params:
+    """A vanilla model with a head, trained on pairs.
+
+    Args:
+        run: the run.
+        name: whose folder gets checkpoints/ and metrics.jsonl.
+        source: the model; its arrays may be donated.
+        train: the pairs.
+        rows: the tokens of every text.
+        length: T, to which rows are padded.
+        total_steps: updates in all.
+        seeds: what the seeds of the batches and the head are of.
+        margin, centering, training: as in `train_reward_model`.
+        evaluate: see `stages.training.fit`.
+
+    Returns:
+        The tree.
+    """
+    batches_seed = run.seed(f"{seeds}/batches")
+
+    def batch_at(step: int) -> dict[str, np.ndarray]:
+        chosen = [train[index] for index in batch_indices(step, training.batch_size, len(train), batches_seed)]
+        pairs = [(rows[pair.chosen], rows[pair.rejected]) for pair in chosen]
+        return pair_batch(pairs, length, source.tokenizer.pad_id)
+
+    optimizer = make_optimizer(training.optimizer, total_steps)
+    settings, mesh = run.config.mesh, run.mesh
+    shape = training_shape(source.config, settings, mesh)
+    loss_sums = functools.partial(pair_loss_sums, config=shape, margin=margin, centering=centering)
+    with jax.set_mesh(mesh):
+        params = start_params(source, run.seed(f"{seeds}/head"), mesh)
+        state = fresh_state(placed_for_training(params, source.config, settings, mesh), optimizer, mesh)
+        spread = training_spread(settings, mesh, shardings_of(state.params))
+        skips = training.guards.non_finite == "skip"
+        train_step = make_train_step(loss_sums, optimizer, training.micro_batches, shardings_of(state), spread, skips)
+        state = fit(run, name, state, train_step, batch_at, total_steps, training, evaluate)
+    return state.params
+
+
+def tokenized(
+    tokenizer: Tokenizer, pairs: Sequence[Pair], max_length: int
+) -> tuple[list[Pair], dict[str, list[int]], int]:
+    """The pairs whose texts both fit, the tokens of every text, and the longest fitting text's length."""
+    rows = {text: text_tokens(tokenizer, text) for pair in pairs for text in (pair.chosen, pair.rejected)}
+    fitting = [pair for pair in pairs if max(len(rows[pair.chosen]), len(rows[pair.rejected])) <= max_length]
+    if not fitting:
+        raise InputError(f"training.max_length: none of {len(pairs)} pairs fits into {max_length} tokens")
+    longest = max(len(rows[text]) for pair in fitting for text in (pair.chosen, pair.rejected))
+    return fitting, rows, longest
 
 
 def start_params(source: Model, seed: int, mesh: jax.sharding.Mesh) -> Params:
@@ -353,18 +408,6 @@ def load_reward_model(run: Run, name: str, alone: bool = False) -> Model:
     if model.kind != "reward":
         raise InputError(f"{run.path(name, 'model')} is a {model.kind}; expected a reward model")
     return model
-
-
-def _tokenized(
-    tokenizer: Tokenizer, pairs: Sequence[Pair], max_length: int
-) -> tuple[list[Pair], dict[str, list[int]], int]:
-    """The pairs whose texts both fit, the tokens of every text, and the longest fitting text's length."""
-    rows = {text: text_tokens(tokenizer, text) for pair in pairs for text in (pair.chosen, pair.rejected)}
-    fitting = [pair for pair in pairs if max(len(rows[pair.chosen]), len(rows[pair.rejected])) <= max_length]
-    if not fitting:
-        raise InputError(f"training.max_length: none of {len(pairs)} pairs fits into {max_length} tokens")
-    longest = max(len(rows[text]) for pair in fitting for text in (pair.chosen, pair.rejected))
-    return fitting, rows, longest
 
 
 def length_warning(figures: Mapping[str, Any]) -> str:
