@@ -23,7 +23,7 @@ from rich.console import Console
 from almost_jax.config import EvaluationConfig, ExperimentConfig
 from almost_jax.core.partitioning import make_mesh
 from almost_jax.errors import InputError
-from almost_jax.evaluation import audit, benchmark_stage
+from almost_jax.evaluation import audit, benchmark_stage, reward_ablation
 from almost_jax.evaluation.held_out import run_stage as draw_held_out_queries
 from almost_jax.evaluation.stage import run_stage as evaluation_stage
 from almost_jax.experiments import dump_experiment
@@ -47,7 +47,16 @@ from almost_jax.io.preemption import stops_on_sigterm
 from almost_jax.io.records import write_bytes
 from almost_jax.io.run import Run
 from almost_jax.report import page
-from almost_jax.stages import as_is_reward, comparisons, demonstrations, dpo, queries, reward, rlsf, sft
+from almost_jax.stages import (
+    as_is_reward,
+    comparisons,
+    demonstrations,
+    dpo,
+    queries,
+    reward,
+    rlsf,
+    sft,
+)
 from almost_jax.stages.training import check_batches
 
 # status.json says this often how far a running stage is.
@@ -127,6 +136,13 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage("reward", reward.run_stage, ("reward", _SUMS), ("comparisons",), ("reward",)),
     Stage(
+        "reward_ablation",
+        reward_ablation.run_stage,
+        ("reward_ablation", "reward", "evaluation.bootstrap_samples", _SUMS),
+        ("queries", "comparisons"),
+        ("reward_ablation",),
+    ),
+    Stage(
         "demonstrations",
         demonstrations.run_stage,
         ("demonstrations",),
@@ -148,8 +164,16 @@ STAGES: tuple[Stage, ...] = (
         evaluation_stage,
         tuple(f"evaluation.{key}" for key in EvaluationConfig.model_fields if key not in BENCHMARKS),
         (
-            "evaluation_queries", "as_is_reward", "comparisons", "reward", "demonstrations", "sft", "dpo", "rlsf",
+            "evaluation_queries",
+            "as_is_reward",
+            "comparisons",
+            "reward",
+            "demonstrations",
+            "sft",
+            "dpo",
+            "rlsf",
             "over_optimisation",
+            "reward_ablation",
         ),
         tuple(f"evaluation/{name}" for name in ("items.jsonl", "played.jsonl", "scores.json", "gold.json")),
     ),
@@ -157,14 +181,14 @@ STAGES: tuple[Stage, ...] = (
         "benchmarks",
         benchmark_stage.run_stage,
         (*(f"evaluation.{key}" for key in BENCHMARKS), "evaluation.bootstrap_samples", "sft.model"),
-        ("as_is_reward", "reward", "sft", "rlsf"),
+        ("as_is_reward", "reward", "reward_ablation", "sft", "rlsf"),
         tuple(f"evaluation/{name}{end}" for name in BENCHMARKS for end in ("", ".json")),
     ),
     Stage(
         "report",
         page.run_stage,
         ("name",),
-        ("audit", "evaluation", "benchmarks"),
+        ("audit", "reward_ablation", "evaluation", "benchmarks"),
         ("report.md", "report.html", "figures"),
         alone=True,
     ),
@@ -322,9 +346,7 @@ class _Pipeline:
                 entry |= {"state": "failed", "ended": now(), "error": what}
             save()
             raise
-        outputs = from_primary(
-            lambda: [output for output in plan.stage.outputs if (self.directory / output).exists()]
-        )
+        outputs = from_primary(lambda: [output for output in plan.stage.outputs if (self.directory / output).exists()])
         entry |= {"state": "done", "ended": now(), "outputs": outputs}
         save()
         self.say(f"{name}: done in {_duration(entry)}")

@@ -35,8 +35,13 @@ POLICIES = ("prompted", "sft_self_play", "sft", "rlsf")
 RIVALS = ("dpo", "sft_best_of_n")
 # Policies kept along PPO, as systems `NAME/STEP`, and the folder of the stage that kept them.
 CURVES = {"curve": "rlsf", "over_optimised": "over_optimisation"}
-FILTERS = ("raw", "heuristic", "as_is")
-HEURISTIC = ("empty", "identical", "keyword", "length")
+_HEURISTIC = ("empty", "identical", "keyword", "length")
+# What has dropped a pair (`dropped_by`) that is no longer there after each filter.
+AFTER_FILTERS: Mapping[str, tuple[str, ...]] = {
+    "raw": (),
+    "heuristic": _HEURISTIC,
+    "as_is": (*_HEURISTIC, "as_is_reward"),
+}
 LENGTH_BINS = 10
 
 DEFINITIONS = {
@@ -115,7 +120,7 @@ def pair_quality(
     pairs: dict[str, Any] = {}
     details: dict[str, Any] = {}
     sums: dict[str, Clusters] = {}
-    for name, dropping in zip(FILTERS, ((), HEURISTIC, (*HEURISTIC, "as_is_reward")), strict=True):
+    for name, dropping in AFTER_FILTERS.items():
         kept = [row for row in rows if row[1] not in dropping]
         scores: Scores = {}
         for query, _, margin, _ in kept:
@@ -210,6 +215,55 @@ def reward_accuracy(items: Sequence[Item], queries: Sequence[str], bootstrap: Bo
         "reward_model_gains": gains,
         "reward_model_details": {name: details[name] for name in order},
     }
+
+
+def ablation_figures(
+    records: Sequence[Mapping[str, Any]], truth: Callable[[Mapping[str, Any]], float], bootstrap: Bootstrap
+) -> dict[str, Any]:
+    """How often the reward models of different sets of pairs prefer the better response, on held-out pairs.
+
+    Args:
+        records: of reward_ablation/scores.jsonl.
+        truth: a record -> above 0 where the chosen response is better, below where the rejected one is; pairs with 0
+            are left out.
+        bootstrap: how intervals are drawn.
+
+    Returns:
+        {set of held-out pairs: {"accuracy": {set that a model learned from: {"mean", "ci95", "n"}}, "gains" of each
+        model over the one before, "length_matched": {...} with length taken out (None where nothing can be matched),
+        "longer_wins": {"mean", "ci95", "n"}}}; a set without pairs is left out.
+    """
+    queries = sorted({record["query_id"] for record in records})
+    judged = [(record, value) for record in records if (value := truth(record)) != 0]
+    found: dict[str, Any] = {}
+    for name in AFTER_FILTERS:
+        rows = [(record, value) for record, value in judged if name in record["sets"]]
+        if not rows:
+            continue
+        gaps = [(len(record["chosen"]) - len(record["rejected"])) for record, _ in rows]
+        right = {
+            model: [agreement(record["margins"][model], value) for record, value in rows]
+            for model in rows[0][0]["margins"]
+        }
+        ids = [record["query_id"] for record, _ in rows]
+        sums = {
+            model: weighted_clusters([(query, 1.0, hit) for query, hit in zip(ids, hits, strict=True)], queries)
+            for model, hits in right.items()
+        }
+        longer = [
+            (query, 1.0, agreement(gap, rows[i][1])) for i, (query, gap) in enumerate(zip(ids, gaps, strict=True))
+        ]
+        by_gap = [float(gap * np.sign(rows[i][1])) for i, gap in enumerate(gaps)]
+        found[name] = {
+            "accuracy": {model: share_interval(quantity, bootstrap) for model, quantity in sums.items()},
+            "gains": gains_of(sums, bootstrap),
+            "length_matched": {
+                model: length_matched(list(zip(ids, hits, by_gap, strict=True)), queries, bootstrap)
+                for model, hits in right.items()
+            },
+            "longer_wins": share_interval(weighted_clusters(longer, queries), bootstrap),
+        }
+    return found
 
 
 def beside_rlsf(items: Sequence[Item], queries: Sequence[str], bootstrap: Bootstrap) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import jax
 from almost_jax.config import VicunaConfig
 from almost_jax.errors import InputError
 from almost_jax.evaluation import vicuna
+from almost_jax.evaluation.analyses import AFTER_FILTERS
 from almost_jax.evaluation.answers import PLAIN, answer
 from almost_jax.evaluation.benchmarks import BENCHMARKS, Benchmark, evaluate
 from almost_jax.evaluation.duel import EndpointJudge, RewardJudge, check_judged, duel
@@ -31,7 +32,7 @@ from almost_jax.stages.reward import load_reward_model
 
 VANILLA = "vanilla"
 POLICIES = (VANILLA, "sft_self_play", "sft", "rlsf")
-REWARDS = ("as_is_reward", "reward")
+REWARDS = ("as_is_reward", "reward", *(f"reward_ablation/{name}" for name in AFTER_FILTERS))
 REWARD_MODEL = "reward_model"
 
 

@@ -39,15 +39,22 @@ def analyse(run: Run, queries: Sequence[Record], items: Sequence[Item]) -> dict[
     sources = {"self_play": "demonstrations_self_play.jsonl", "reward_guided": "demonstrations.jsonl"}
     played = {name: read_records(run.path(file)) for name, file in sources.items() if run.exists(file)}
     kept, fields = ids[: config.evaluation.curve_queries], ("kl", "reward", "as_is", "gold")
-    curves = {
-        name: analyses.over_optimisation(items, fields, kept, bootstrap, name) for name in analyses.CURVES
-    }
+    ablated = run.path("reward_ablation", "scores.jsonl")
+    curves = {name: analyses.over_optimisation(items, fields, kept, bootstrap, name) for name in analyses.CURVES}
     policy_items = [item for item in items if item["system"].startswith("policy/")]
     return {
         "configurations": {name: configurations[name] for name in names},
         "gaps": dict(reversed(gaps.items())),
         **analyses.pair_quality(comparisons, lambda query_id, text: gold_score(texts[query_id], text), bootstrap),
         **analyses.reward_accuracy(of_configurations, ids, bootstrap),
+        "reward_ablation": analyses.ablation_figures(
+            read_records(ablated) if ablated.exists() else [],
+            lambda pair: (
+                gold_score(texts[pair["query_id"]], pair["chosen"])
+                - gold_score(texts[pair["query_id"]], pair["rejected"])
+            ),
+            bootstrap,
+        ),
         **analyses.best_of_n(analyses.of_system(items, "best_of_n"), config.evaluation.best_of, ids, bootstrap),
         **analyses.demonstration_quality(played, gold_score, lambda text: kind(text) != OTHER, bootstrap),
         "policies": policies,

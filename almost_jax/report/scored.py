@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from almost_jax.config import OverOptimisationConfig, PpoConfig
-from almost_jax.evaluation.analyses import FILTERS, HEURISTIC, POLICIES
+from almost_jax.evaluation.analyses import AFTER_FILTERS, POLICIES
 from almost_jax.evaluation.audit import SCORERS
 from almost_jax.evaluation.statistics import agreement
 from almost_jax.io.records import Record
@@ -213,11 +213,11 @@ def filter_stages(records: Iterable[Record]) -> list[Block]:
     Args:
         records: of comparisons.jsonl.
     """
-    stages: dict[str, Counter[str]] = {name: Counter() for name in FILTERS}
+    stages: dict[str, Counter[str]] = {name: Counter() for name in AFTER_FILTERS}
     for record in records:
         longer = agreement(len(record["chosen"]["text"]) - len(record["rejected"]["text"]), 1.0)
         margin = record["as_is_margin"]
-        for name, dropping in zip(FILTERS, ((), HEURISTIC, (*HEURISTIC, "as_is_reward")), strict=True):
+        for name, dropping in AFTER_FILTERS.items():
             if record["dropped_by"] not in dropping:
                 stages[name].update({"kept": 1, "half_longer": round(2 * longer)})
                 if margin is not None:

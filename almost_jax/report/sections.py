@@ -114,6 +114,7 @@ def sections(material: Material) -> list[Section]:
     else:
         found.append(Section("Comparisons", _comparisons(material)))
     found += [
+        Section("What are the filters worth to the reward model?", _ablation(material)),
         Section("Benchmarks", [TableBlock(*one) for one in benchmark_tables(material.directory)]),
         Section("Sample responses", _dialogues(material)),
         Section("Sample self-play", _self_play(material) if material.gold is None else []),
@@ -330,6 +331,35 @@ def _comparisons(material: Material) -> list[Block]:
     caption = f"What became of n = {counts.total():,} synthetic comparisons: kept, or the filter that dropped them."
     table = TableBlock(Table(("pairs", "count", "share"), rows, (1, 2)), caption)
     return [table, *scored.filter_stages(iter_records(path))]
+
+
+def _ablation(material: Material) -> list[Block]:
+    """The reward model learned from each set of pairs: by the gold score where there is one, and by the pairs."""
+    found = load_json(material.directory / "reward_ablation" / "ablation.json")
+    if found is None:
+        return []
+    same = (
+        f"Reward models of the same start and {found['steps']:,} steps, learned from all pairs and from those that "
+        "each filter leaves; the gain is over the model of the row above."
+    )
+    blocks: list[Block] = []
+    by_gold = (material.gold or {}).get("reward_ablation", {}).get("raw")
+    if by_gold:
+        n = by_gold["longer_wins"]["n"]
+        caption = (
+            f"{same} Right is the response with the higher gold score, on n = {n:,} held-out pairs before any filter."
+        )
+        blocks.append(TableBlock(tables.ablation_table(by_gold, found["models"]), f"{caption} {INTERVALS}"))
+    for name, figures in reversed(found["held_out"].items()):
+        n = figures["longer_wins"]["n"]
+        which = "before any filter" if name == "raw" else f"after the filters up to: {tables.FILTER_NAMES[name]}"
+        caption = f"Right is the pair's chosen response, by the rule of thumb, on n = {n:,} held-out pairs {which}."
+        if not blocks:
+            caption = f"{same} {caption}"
+        if name != "raw":
+            caption += " These pairs were chosen as those of the last models were, which favours them."
+        blocks.append(TableBlock(tables.ablation_table(figures, found["models"]), f"{caption} {INTERVALS}"))
+    return blocks
 
 
 def _dialogues(material: Material) -> list[Block]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-from almost_jax.evaluation.analyses import FILTERS, POLICIES
+from almost_jax.evaluation.analyses import AFTER_FILTERS, POLICIES
 from almost_jax.report.text import markdown, one_line
 
 Gold: TypeAlias = Mapping[str, Any]
@@ -82,7 +82,7 @@ def claims(gold: Gold) -> list[Claim]:
             means[better],
             gold["gaps"].get(f"{better} - {worse}"),
         )
-    pairs = {name: gold["pairs"][name]["accuracy"] for name in FILTERS}
+    pairs = {name: gold["pairs"][name]["accuracy"] for name in AFTER_FILTERS}
     for worse, better, text in (
         ("raw", "heuristic", "heuristic filter makes pairs more accurate"),
         ("heuristic", "as_is", "as-is filter makes them more accurate still"),
@@ -168,9 +168,9 @@ def figures(gold: Gold) -> dict[str, float]:
     found: dict[str, float | None] = {}
     for name, figure in gold["configurations"].items():
         found[f"configuration {name}"] = figure["mean"]
-    for name in FILTERS:
+    for name in AFTER_FILTERS:
         found[f"pair accuracy, {FILTER_NAMES[name]}"] = gold["pairs"][name]["accuracy"]
-    for name in FILTERS:
+    for name in AFTER_FILTERS:
         found[f"pairs kept, {FILTER_NAMES[name]}"] = gold["pairs"][name]["kept"]
     for name, label in SCORER_NAMES.items():
         found[f"preference accuracy, {label}"] = gold["reward_model"][name]
@@ -237,7 +237,7 @@ def means_table(label: str, rows: Mapping[str, Mapping[str, Any]], names: Mappin
 def filters_table(gold: Gold) -> Table:
     """Pairs kept and their accuracy after each filter, with length balanced out beside it."""
     rows = []
-    for name in FILTERS:
+    for name in AFTER_FILTERS:
         pairs, details = gold["pairs"][name], gold["pair_details"][name]
         ci95 = details["accuracy"]["ci95"] if details["accuracy"] else None
         rows.append(
@@ -252,6 +252,37 @@ def filters_table(gold: Gold) -> Table:
             )
         )
     header = ("pairs", "kept", "accuracy", "95% interval", "length-matched", "chosen is longer", "ties")
+    return Table(header, rows, tuple(range(1, len(header))))
+
+
+def ablation_table(figures: Mapping[str, Any], trained: Mapping[str, Any]) -> Table:
+    """The reward models of an ablation on one set of held-out pairs, and "the longer one wins".
+
+    Args:
+        figures: of one set, from `ablation_figures`.
+        trained: {set: {"pairs"}}, how many pairs each model learned from.
+    """
+    rows = []
+    for name, accuracy in figures["accuracy"].items():
+        matched = figures["length_matched"][name]
+        gain = next((gain for steps, gain in figures["gains"].items() if steps.startswith(f"{name} - ")), None)
+        rows.append(
+            (
+                FILTER_NAMES[name],
+                f"{trained[name]['pairs']:,}",
+                number(accuracy["mean"]),
+                span(accuracy["ci95"], ".3f"),
+                "–" if gain is None else f"{gain['difference']:+.3f}",
+                span(None if gain is None else gain["ci95"], "+.3f"),
+                number(matched and matched["mean"]),
+                span(matched and matched["ci95"], ".3f"),
+            )
+        )
+    longer = figures["longer_wins"]
+    rows.append(("the longer one wins", "–", number(longer["mean"]), span(longer["ci95"], ".3f"), "–", "–", "–", "–"))
+    header = (
+        "learned from", "pairs", "accuracy", "95% interval", "gain", "95% interval", "length-matched", "95% interval"
+    )  # fmt: skip
     return Table(header, rows, tuple(range(1, len(header))))
 
 

@@ -9,7 +9,8 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import jax
@@ -185,9 +186,7 @@ def split_pairs(pairs: Sequence[Pair], held_out: int, seed: int) -> tuple[list[P
     def place(group: str) -> bytes:
         return hashlib.sha256(f"{seed}/{group}".encode()).digest()
 
-    sizes: dict[str, int] = {}
-    for pair in pairs:
-        sizes[pair.group] = sizes.get(pair.group, 0) + 1
+    sizes = Counter(pair.group for pair in pairs)
     kept_out: set[str] = set()
     taken = 0
     for group in sorted(sizes, key=place):
@@ -195,10 +194,18 @@ def split_pairs(pairs: Sequence[Pair], held_out: int, seed: int) -> tuple[list[P
             break
         kept_out.add(group)
         taken += sizes[group]
-    train = [pair for pair in pairs if pair.group not in kept_out]
+    train, test = parted(pairs, kept_out)
     if not train:
         raise InputError(f"held_out: {held_out} leaves none of {len(pairs)} pairs to train on; hold out fewer")
-    return train, [pair for pair in pairs if pair.group in kept_out]
+    return train, test
+
+
+def parted(pairs: Sequence[Pair], held_out: Set[str]) -> tuple[list[Pair], list[Pair]]:
+    """The pairs of all other groups, and those of the groups that are held out."""
+    return (
+        [pair for pair in pairs if pair.group not in held_out],
+        [pair for pair in pairs if pair.group in held_out],
+    )
 
 
 def train_reward_model(
@@ -207,11 +214,13 @@ def train_reward_model(
     model_name: str,
     pairs: Sequence[Pair],
     *,
-    held_out: int,
+    held_out: int | frozenset[str],
     reference_samples: int,
     margin: float,
     centering: float,
     training: TrainingConfig,
+    steps: int | None = None,
+    seeds: str | None = None,
 ) -> dict[str, Any]:
     """Train a reward model on pairs and save it with the moments of its scores.
 
@@ -220,10 +229,12 @@ def train_reward_model(
         name: the stage: its folder gets model/, checkpoints/, metrics.jsonl and evaluation.json.
         model_name: the config's name of the vanilla model to start from.
         pairs: all pairs, held-out ones included.
-        held_out: how many pairs to hold out for accuracy.
+        held_out: how many pairs to hold out for accuracy, or the groups whose pairs are.
         reference_samples: how many texts of the training pairs the scores are normalised on.
         margin, centering: options of the loss, see `core.losses.pairwise_sums`; 0 is the paper's.
         training: epochs, batch size, optimizer.
+        steps: of training, instead of `training.epochs`.
+        seeds: the name whose seeds split, head, batches and reference are drawn from, instead of the stage's.
 
     Returns:
         The summary, which evaluation.json holds too: numbers of pairs, and `pair_figures` on the held-out ones.
@@ -231,10 +242,14 @@ def train_reward_model(
     source = run.model_to_train(model_name)
     tokenizer = source.tokenizer
     fitting, rows, longest = _tokenized(tokenizer, pairs, training.max_length)
-    train, test = split_pairs(fitting, held_out, run.seed(f"{name}/split"))
+    seeds = seeds or name
+    if isinstance(held_out, int):
+        train, test = split_pairs(fitting, held_out, run.seed(f"{seeds}/split"))
+    else:
+        train, test = parted(fitting, held_out)
     run.say(f"{name}: {len(train)} pairs to train on, {len(test)} held out, {len(pairs) - len(fitting)} too long")
     length = fixed_length(longest)
-    batches_seed, batch_size = run.seed(f"{name}/batches"), training.batch_size
+    batches_seed, batch_size = run.seed(f"{seeds}/batches"), training.batch_size
 
     def batch_at(step: int) -> dict[str, np.ndarray]:
         chosen = [train[index] for index in batch_indices(step, batch_size, len(train), batches_seed)]
@@ -258,19 +273,19 @@ def train_reward_model(
             run.say(f"{name}: warning: {length_warning(found)}")
         return logged_figures(found)
 
-    total_steps = count_steps(training, len(train))
+    total_steps = steps or count_steps(training, len(train))
     optimizer = make_optimizer(training.optimizer, total_steps)
     settings, mesh = run.config.mesh, run.mesh
     shape = training_shape(source.config, settings, mesh)
     loss_sums = functools.partial(pair_loss_sums, config=shape, margin=margin, centering=centering)
     with jax.set_mesh(mesh):
-        params = start_params(source, run.seed(f"{name}/head"), mesh)
+        params = start_params(source, run.seed(f"{seeds}/head"), mesh)
         state = fresh_state(placed_for_training(params, source.config, settings, mesh), optimizer, mesh)
         spread = training_spread(settings, mesh, shardings_of(state.params))
         skips = training.guards.non_finite == "skip"
         train_step = make_train_step(loss_sums, optimizer, training.micro_batches, shardings_of(state), spread, skips)
         state = fit(run, name, state, train_step, batch_at, total_steps, training, evaluate)
-        reference = reference_texts(train, reference_samples, run.seed(f"{name}/reference"))
+        reference = reference_texts(train, reference_samples, run.seed(f"{seeds}/reference"))
         mean, std = reward_moments(scores(state.params, reference))
         chosen, rejected = held_out_scores(state.params)
     model = dataclasses.replace(
@@ -312,9 +327,7 @@ def pair_batch(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], length: int
     return {"tokens": tokens.reshape(len(pairs), 2, length), "lengths": lengths.reshape(len(pairs), 2)}
 
 
-def pair_loss_sums(
-    params: Params, batch: Batch, *, config: LlamaConfig, margin: float, centering: float
-) -> LossTerms:
+def pair_loss_sums(params: Params, batch: Batch, *, config: LlamaConfig, margin: float, centering: float) -> LossTerms:
     """The ranking loss of a batch of pairs, both texts of a pair in one forward pass of 2B rows.
 
     Args:

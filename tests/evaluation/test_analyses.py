@@ -117,6 +117,36 @@ def test_reward_accuracy_does_not_depend_on_the_order_of_responses() -> None:
     assert forward["as_is_accuracy"] is None  # no as-is scores were taken
 
 
+def test_ablation_by_hand() -> None:
+    def pair(query: str, chosen: str, rejected: str, sets: str, raw: float, kept: float) -> dict[str, Any]:
+        names = ["raw", "heuristic"][: len(sets)]
+        return {"query_id": query, "chosen": chosen, "rejected": rejected, "sets": names} | {
+            "margins": {"raw": raw, "heuristic": kept}
+        }
+
+    records = [
+        pair("a", "long", "x", "rh", 1.0, 2.0),
+        pair("a", "x", "long", "rh", 1.0, -2.0),
+        pair("b", "same", "else", "r", -1.0, 0.0),
+        pair("c", "longer", "x", "r", -3.0, 1.0),
+    ]
+    found = analyses.ablation_figures(records, lambda record: 1.0, BOOTSTRAP)
+    assert list(found) == ["raw", "heuristic"]
+    means = {name: {model: one["mean"] for model, one in of["accuracy"].items()} for name, of in found.items()}
+    assert means == {"raw": {"raw": 0.5, "heuristic": 0.625}, "heuristic": {"raw": 1.0, "heuristic": 0.5}}
+    assert found["raw"]["longer_wins"]["mean"] == 0.625 and found["raw"]["longer_wins"]["n"] == 4
+    assert found["raw"]["gains"]["heuristic - raw"]["difference"] == pytest.approx(0.125)
+    # Of two pairs of like gap, one either way round, the one whose longer response was chosen is right.
+    assert found["heuristic"]["length_matched"]["heuristic"]["mean"] == pytest.approx(0.5)
+    # By another truth: the first pair is undecided, the second's rejected response is the better one.
+    truth = {("a", "long"): 0.0, ("a", "x"): -1.0, ("b", "same"): 1.0, ("c", "longer"): 1.0}
+    other = analyses.ablation_figures(records, lambda record: truth[record["query_id"], record["chosen"]], BOOTSTRAP)
+    assert other["raw"]["accuracy"]["heuristic"]["mean"] == pytest.approx((1 + 0.5 + 1) / 3)
+    assert other["raw"]["longer_wins"]["mean"] == pytest.approx((1 + 0.5 + 1) / 3)
+    assert other["raw"]["accuracy"]["raw"]["n"] == 3 and other["heuristic"]["accuracy"]["raw"]["mean"] == 0.0
+    assert analyses.ablation_figures([], truth.__getitem__, BOOTSTRAP) == {}
+
+
 def test_best_of_n_by_hand_with_ties_to_the_first() -> None:
     rewards, golds = [0.3, 0.9, 0.9, -1.0], [0.1, 0.6, 0.2, 1.0]
     items = [

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from almost_jax.config import ExperimentConfig, MeshConfig
 from almost_jax.core.partitioning import make_mesh
-from almost_jax.evaluation import gold, scores
+from almost_jax.evaluation import analyses, gold, scores
 from almost_jax.evaluation.held_out import held_out_queries
 from almost_jax.evaluation.statistics import Bootstrap
 from almost_jax.io.records import read_records, write_records
@@ -115,6 +115,19 @@ def write_run(directory: Path, seed: int) -> None:
             turns += [{"role": "human", "text": HOSTILE}, {"role": "assistant", "text": HOSTILE}]
             records.append({"query_id": f"q{i}", "turns": turns})
     write_records(directory / "comparisons.jsonl", comparisons)
+    scored = [
+        {"query_id": pair["query_id"], "chosen": pair["chosen"]["text"], "rejected": pair["rejected"]["text"]}
+        | {"sets": ["raw", "heuristic", "as_is"][: ("length", "as_is_reward", None).index(pair["dropped_by"]) + 1]}
+        | {"margins": {name: float(rng.normal(0.4)) for name in ("raw", "heuristic", "as_is")}}
+        for pair in comparisons
+    ]
+    write_records(directory / "reward_ablation" / "scores.jsonl", scored)
+    ablation = {
+        "steps": 1234,
+        "models": {name: {"pairs": pairs} for name, pairs in (("raw", 4321), ("heuristic", 3210), ("as_is", 2109))},
+        "held_out": analyses.ablation_figures(scored, lambda pair: 1.0, Bootstrap(99, 1)),
+    }
+    (directory / "reward_ablation" / "ablation.json").write_text(json.dumps(ablation))
     write_records(directory / "demonstrations_self_play.jsonl", plain)
     write_records(directory / "demonstrations.jsonl", guided)
     for stage in ("reward", "sft", "rlsf"):

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from almost_jax.errors import InputError
+from almost_jax.io.records import read_records
 from almost_jax.report import page, plots, tables
 
 Make = Callable[[int], Path]
@@ -122,6 +123,29 @@ def test_page_has_every_section_and_figure(reader: Reader, built: Path) -> None:
     assert len(ids) == len(set(ids))
     used = {(a.get("xlink:href") or a.get("href") or "#")[1:] for tag, a in reader.tags if tag == "use"}
     assert used <= set(ids)
+
+
+def test_page_tells_what_the_filters_are_worth_to_the_reward_model(
+    built: Path, scored_run: Path, make_finished_run: Make
+) -> None:
+    run = make_finished_run(3)
+    scored = read_records(run / "reward_ablation" / "scores.jsonl")
+    found = json.loads((run / "reward_ablation" / "ablation.json").read_text())["held_out"]
+    by_gold = json.loads((run / "evaluation" / "gold.json").read_text())["reward_ablation"]
+    assert found["raw"]["accuracy"]["as_is"]["n"] == len(scored) == 120 and found["as_is"]["longer_wins"]["n"] == 40
+    # Chosen and rejected have been swapped now and then.
+    assert by_gold["raw"]["accuracy"] != found["raw"]["accuracy"]
+    for folder, judged in ((built, by_gold["raw"]), (scored_run, None)):
+        if judged is None:
+            page.build(folder)
+        text = (folder / "report.md").read_text()
+        text = text[text.index("What are the filters worth to the reward model?") :]
+        assert "1,234 steps" in text and "4,321" in text and ("gold score, on n = 120 held-out pairs" in text) == (
+            judged is not None
+        )
+        for figures in (*found.values(), *([judged] if judged else [])):
+            assert all(f"{one['mean']:.3f}" in text for one in figures["accuracy"].values())
+            assert f"{figures['gains']['as_is - heuristic']['difference']:+.3f}" in text
 
 
 def test_figures_take_the_pages_colours_and_fonts(built: Path) -> None:
