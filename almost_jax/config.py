@@ -366,7 +366,7 @@ class RewardAblationConfig(Section):
     """The reward model on all pairs, on those after the heuristic filter, and on the kept ones, for as many steps.
 
     Off without a `reward_ablation:` section. Settings are those of `reward`. At least `held_out` of the kept pairs are
-    held out, and with them all pairs of their queries. `max_steps` is a bound on the steps of training; 0 for none.
+    held out, with all pairs of their queries. `max_steps` is a bound on the steps of training; 0 for none.
     """
 
     held_out: PositiveInt = 500
@@ -517,7 +517,9 @@ class PpoConfig(Section):
                 f"= {self.num_mini_batches} x {self.micro_batches}",
             )
         if self.judge_micro_batches and self.batch_size % self.judge_micro_batches:
-            raise wrong("judge_micro_batches", f"{self.judge_micro_batches} must divide batch_size {self.batch_size}")
+            raise wrong(
+                "judge_micro_batches", f"{self.judge_micro_batches} must divide batch_size {self.batch_size}"
+            )
         if self.sampling.temperature == 0:
             raise wrong("sampling.temperature", "rollouts must be sampled; a temperature of 0 is greedy")
         if self.sampling.trim_unfinished:

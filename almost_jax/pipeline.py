@@ -47,16 +47,7 @@ from almost_jax.io.preemption import stops_on_sigterm
 from almost_jax.io.records import write_bytes
 from almost_jax.io.run import Run
 from almost_jax.report import page
-from almost_jax.stages import (
-    as_is_reward,
-    comparisons,
-    demonstrations,
-    dpo,
-    queries,
-    reward,
-    rlsf,
-    sft,
-)
+from almost_jax.stages import as_is_reward, comparisons, demonstrations, dpo, queries, reward, rlsf, sft
 from almost_jax.stages.training import check_batches
 
 # status.json says this often how far a running stage is.
@@ -136,13 +127,6 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage("reward", reward.run_stage, ("reward", _SUMS), ("comparisons",), ("reward",)),
     Stage(
-        "reward_ablation",
-        reward_ablation.run_stage,
-        ("reward_ablation", "reward", "evaluation.bootstrap_samples", _SUMS),
-        ("queries", "comparisons"),
-        ("reward_ablation",),
-    ),
-    Stage(
         "demonstrations",
         demonstrations.run_stage,
         ("demonstrations",),
@@ -160,20 +144,19 @@ STAGES: tuple[Stage, ...] = (
         ("over_optimisation",),
     ),
     Stage(
+        "reward_ablation",
+        reward_ablation.run_stage,
+        ("reward_ablation", "reward", "evaluation.bootstrap_samples", "evaluation.gold", _SUMS),
+        ("queries", "comparisons"),
+        ("reward_ablation",),
+    ),
+    Stage(
         "evaluation",
         evaluation_stage,
         tuple(f"evaluation.{key}" for key in EvaluationConfig.model_fields if key not in BENCHMARKS),
         (
-            "evaluation_queries",
-            "as_is_reward",
-            "comparisons",
-            "reward",
-            "demonstrations",
-            "sft",
-            "dpo",
-            "rlsf",
+            "evaluation_queries", "as_is_reward", "comparisons", "reward", "demonstrations", "sft", "dpo", "rlsf",
             "over_optimisation",
-            "reward_ablation",
         ),
         tuple(f"evaluation/{name}" for name in ("items.jsonl", "played.jsonl", "scores.json", "gold.json")),
     ),
@@ -346,7 +329,9 @@ class _Pipeline:
                 entry |= {"state": "failed", "ended": now(), "error": what}
             save()
             raise
-        outputs = from_primary(lambda: [output for output in plan.stage.outputs if (self.directory / output).exists()])
+        outputs = from_primary(
+            lambda: [output for output in plan.stage.outputs if (self.directory / output).exists()]
+        )
         entry |= {"state": "done", "ended": now(), "outputs": outputs}
         save()
         self.say(f"{name}: done in {_duration(entry)}")

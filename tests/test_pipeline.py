@@ -159,6 +159,13 @@ def test_batches_of_stages_that_are_done_are_not_looked_at(bench: Bench) -> None
     assert bench(["mesh.explicit=true", "sft.training.micro_batches=16"]) == []
 
 
+def test_the_batches_of_the_ablation_are_those_of_the_reward_model(bench: Bench) -> None:
+    bench(["reward_ablation=null"])
+    with pytest.raises(InputError, match=r"reward.training.micro_batches: 64 rows must be"):
+        bench(["mesh.explicit=true", "reward.training.micro_batches=64"])
+    assert bench(["mesh.explicit=true", "reward.training.micro_batches=64", "reward_ablation=null"]) == []
+
+
 def status_file(bench: Bench) -> dict[str, Any]:
     return dict(json.loads((bench.directory / "status.json").read_text())["stages"])
 
@@ -250,6 +257,7 @@ def test_a_kill_while_outputs_come_back_loses_nothing(bench: Bench, monkeypatch:
         ("filters.length_rule=false", "comparisons"),
         ("audit.queries=5", "audit"),
         ("reward.margin=0.5", "reward"),
+        ("reward_ablation.held_out=50", "reward_ablation"),
         ("demonstrations.n=2", "demonstrations"),
         ("sft.training.epochs=2", "sft"),
         ("evaluation.best_of=2", "evaluation"),

@@ -22,6 +22,7 @@ queries: {count: 32}
 comparisons: {sampling: {max_new_tokens: 8, batch_size: 64}}
 as_is_reward: {pairs: 48, held_out: 16, training: {batch_size: 16, checkpoint_every: 1}}
 reward: {held_out: 8, reference_samples: 16, training: {batch_size: 8, checkpoint_every: 2}}
+reward_ablation: {held_out: 8, max_steps: 3}
 demonstrations:
   queries: 24
   baseline: false

@@ -3,7 +3,7 @@
 This is the only module of the pipeline that reads the gold score.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from almost_jax.errors import InputError
@@ -39,22 +39,15 @@ def analyse(run: Run, queries: Sequence[Record], items: Sequence[Item]) -> dict[
     sources = {"self_play": "demonstrations_self_play.jsonl", "reward_guided": "demonstrations.jsonl"}
     played = {name: read_records(run.path(file)) for name, file in sources.items() if run.exists(file)}
     kept, fields = ids[: config.evaluation.curve_queries], ("kl", "reward", "as_is", "gold")
-    ablated = run.path("reward_ablation", "scores.jsonl")
-    curves = {name: analyses.over_optimisation(items, fields, kept, bootstrap, name) for name in analyses.CURVES}
+    curves = {
+        name: analyses.over_optimisation(items, fields, kept, bootstrap, name) for name in analyses.CURVES
+    }
     policy_items = [item for item in items if item["system"].startswith("policy/")]
     return {
         "configurations": {name: configurations[name] for name in names},
         "gaps": dict(reversed(gaps.items())),
         **analyses.pair_quality(comparisons, lambda query_id, text: gold_score(texts[query_id], text), bootstrap),
         **analyses.reward_accuracy(of_configurations, ids, bootstrap),
-        "reward_ablation": analyses.ablation_figures(
-            read_records(ablated) if ablated.exists() else [],
-            lambda pair: (
-                gold_score(texts[pair["query_id"]], pair["chosen"])
-                - gold_score(texts[pair["query_id"]], pair["rejected"])
-            ),
-            bootstrap,
-        ),
         **analyses.best_of_n(analyses.of_system(items, "best_of_n"), config.evaluation.best_of, ids, bootstrap),
         **analyses.demonstration_quality(played, gold_score, lambda text: kind(text) != OTHER, bootstrap),
         "policies": policies,
@@ -71,3 +64,21 @@ def analyse(run: Run, queries: Sequence[Record], items: Sequence[Item]) -> dict[
         "definitions": analyses.DEFINITIONS,
         "bootstrap": {"samples": bootstrap.samples, "seed": bootstrap.seed},
     }
+
+
+def analyse_ablation(
+    queries: Mapping[str, str], records: Sequence[Record], bootstrap: Bootstrap
+) -> dict[str, Any]:
+    """`analyses.ablation_figures` by the gold score.
+
+    Args:
+        queries: texts by id.
+        records: of reward_ablation/scores.jsonl.
+        bootstrap: how intervals are drawn.
+    """
+
+    def gap(record: Mapping[str, Any]) -> float:
+        query = queries[record["query_id"]]
+        return gold_score(query, record["chosen"]) - gold_score(query, record["rejected"])
+
+    return analyses.ablation_figures(records, gap, bootstrap)

@@ -6,11 +6,14 @@ filter, and those after the as-is reward model's as well.
 """
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
+from almost_jax.errors import InputError
+from almost_jax.evaluation import gold
 from almost_jax.evaluation.analyses import AFTER_FILTERS, ablation_figures
 from almost_jax.evaluation.statistics import Bootstrap
 from almost_jax.io.records import Record, iter_records, read_records, write_bytes, write_records
@@ -22,12 +25,19 @@ from almost_jax.stages.reward import (
     check_any_kept,
     comparison_pair,
     load_reward_model,
-    split_pairs,
+    place_of_group,
     train_reward_model,
 )
 from almost_jax.stages.training import count_steps
 
 NAME = "reward_ablation"
+
+
+class Labelled(NamedTuple):
+    """A record of comparisons.jsonl, and the same as the reward model's pair."""
+
+    record: Record
+    pair: Pair
 
 
 def run_stage(run: Run) -> dict[str, Any]:
@@ -37,13 +47,14 @@ def run_stage(run: Run) -> dict[str, Any]:
     one before it and is left out.
 
     scores.jsonl has every held-out pair: {"query_id", "chosen", "rejected" (texts), "sets" (those it is in), "margins"
-    {set whose model: score of chosen minus rejected}}. ablation.json has the figures, see `ablation_figures`.
+    {set whose model: score of chosen minus rejected}}. ablation.json has the steps, the pairs that each model learned
+    from, and the figures of `ablation_figures` by the pairs ("held_out") and by the gold score ("by_gold", or None).
 
     Returns:
         {set: its model's accuracy on the held-out pairs that every filter kept}.
 
     Raises:
-        InputError: no pair was kept, none is left to train on, or none fits.
+        InputError: no pair was kept, none fits, or none is left to train on.
         TrainingDiverged: a figure is not finite.
         Preempted: SIGTERM came; the state is saved.
     """
@@ -53,15 +64,20 @@ def run_stage(run: Run) -> dict[str, Any]:
         return {NAME: "off"}
     config = run.config.reward
     queries = {record["id"]: record["text"] for record in read_records(run.path("queries.jsonl"))}
-    records = list(iter_records(run.path("comparisons.jsonl")))
-    sets = _sets(queries, records)
+    records = iter_records(run.path("comparisons.jsonl"))
+    every = [Labelled(record, comparison_pair(queries, record)) for record in records]
+    check_any_kept(run, NAME, sum(one.record["kept"] for one in every))
+    tokenizer = run.model_to_train(config.model).tokenizer
+    rows = {text: text_tokens(tokenizer, text) for one in every for text in (one.pair.chosen, one.pair.rejected)}
+    most = config.training.max_length
+    fitting = [one for one in every if max(len(rows[one.pair.chosen]), len(rows[one.pair.rejected])) <= most]
+    sets = sets_of(fitting)
     last = list(sets)[-1]
-    check_any_kept(run, NAME, len(sets[last]))
-    train, test = split_pairs(sets[last], settings.held_out, run.seed(f"{NAME}/split"))
-    held_out = frozenset(pair.group for pair in test)
-    steps = count_steps(config.training, len(train))
-    if settings.max_steps:
-        steps = min(steps, settings.max_steps)
+    held_out = groups_held_out(fitting, sets[last], settings.held_out, run.seed(f"{NAME}/split"))
+    run.say(f"{NAME}: {len(every) - len(fitting)} pairs are too long, the pairs of {len(held_out)} queries held out")
+    test = [pair for pair in sets[last] if pair.group in held_out]
+    steps = count_steps(config.training, len(sets[last]) - len(test))
+    steps = min(steps, settings.max_steps or steps)
     trained: dict[str, dict[str, Any]] = {}
     for name, pairs in sets.items():
         # All are watched on the pairs that every filter kept.
@@ -78,55 +94,74 @@ def run_stage(run: Run) -> dict[str, Any]:
             steps=steps,
             seeds=NAME,
         )
-        trained[name] = {key: summary[key] for key in ("pairs", "too_long")}
-    scored = _scored(run, queries, records, held_out, list(sets))
+        trained[name] = {"pairs": summary["pairs"]}
+    scored = _scored(run, [one for one in fitting if one.pair.group in held_out], rows, list(sets))
     write_records(run.path(NAME, "scores.jsonl"), scored)
     bootstrap = Bootstrap(run.config.evaluation.bootstrap_samples, run.seed(f"{NAME}/bootstrap"))
     figures = ablation_figures(scored, lambda record: 1.0, bootstrap)
-    result = {"steps": steps, "models": trained, "held_out": figures}
+    by_gold = gold.analyse_ablation(queries, scored, bootstrap) if run.config.evaluation.gold else None
+    result = {"steps": steps, "models": trained, "held_out": figures, "by_gold": by_gold}
     write_bytes(run.path(NAME, "ablation.json"), (json.dumps(result, indent=1) + "\n").encode())
     return {name: figure["mean"] for name, figure in figures[last]["accuracy"].items()}
 
 
-def _sets(queries: dict[str, str], records: Sequence[Record]) -> dict[str, list[Pair]]:
+def sets_of(every: Sequence[Labelled]) -> dict[str, list[Pair]]:
     """The pairs that each filter leaves, without sets that are the one before them."""
     found: dict[str, list[Pair]] = {}
     for name, dropping in AFTER_FILTERS.items():
-        pairs = [comparison_pair(queries, record) for record in records if record["dropped_by"] not in dropping]
+        pairs = [one.pair for one in every if one.record["dropped_by"] not in dropping]
         if not found or len(pairs) < len(list(found.values())[-1]):
             found[name] = pairs
     return found
 
 
+def groups_held_out(every: Sequence[Labelled], kept: Sequence[Pair], held_out: int, seed: int) -> frozenset[str]:
+    """The queries whose pairs are held out: drawn from all, until so many of the kept pairs are among them.
+
+    Args:
+        every: all pairs.
+        kept: those that every filter kept.
+        held_out: how many.
+        seed: orders the queries.
+
+    Raises:
+        InputError: no kept pair is left to train on.
+    """
+    sizes = Counter(pair.group for pair in kept)
+    found: set[str] = set()
+    taken = 0
+    for group in sorted({one.pair.group for one in every}, key=lambda name: place_of_group(name, seed)):
+        if taken >= held_out:
+            break
+        found.add(group)
+        taken += sizes[group]
+    if taken >= len(kept):
+        raise InputError(
+            f"{NAME}.held_out: {held_out} leaves none of {len(kept)} kept pairs that fit to train on; hold out fewer"
+        )
+    return frozenset(found)
+
+
 def _scored(
-    run: Run, queries: dict[str, str], records: Sequence[Record], held_out: frozenset[str], names: Sequence[str]
+    run: Run, held_out: Sequence[Labelled], rows: Mapping[str, Sequence[int]], names: Sequence[str]
 ) -> list[Record]:
-    """The held-out pairs whose texts both fit, with every model's margin."""
-    training = run.config.reward.training
-    tokenizer = run.model_to_train(run.config.reward.model).tokenizer
-    chosen = [record for record in records if record["query_id"] in held_out]
-    pairs = [comparison_pair(queries, record) for record in chosen]
-    rows = {text: text_tokens(tokenizer, text) for pair in pairs for text in (pair.chosen, pair.rejected)}
-    fitting = [
-        place
-        for place, pair in enumerate(pairs)
-        if max(len(rows[pair.chosen]), len(rows[pair.rejected])) <= training.max_length
-    ]
-    texts = list(dict.fromkeys(text for i in fitting for text in (pairs[i].chosen, pairs[i].rejected)))
+    """The held-out pairs with every model's margin."""
+    texts = list(dict.fromkeys(text for one in held_out for text in (one.pair.chosen, one.pair.rejected)))
     scores: dict[str, Mapping[str, float]] = {}
     with jax.set_mesh(run.sampling_mesh):
         for name in names:
             run.say(f"{NAME}: scoring {len(texts)} held-out texts with the model of {name}")
-            scorer = RewardScorer(load_reward_model(run, f"{NAME}/{name}", alone=True), 2 * training.batch_size)
+            model = load_reward_model(run, f"{NAME}/{name}", alone=True)
+            scorer = RewardScorer(model, 2 * run.config.reward.training.batch_size)
             found = scorer.score_tokens([rows[text] for text in texts])
             scores[name] = dict(zip(texts, found.tolist(), strict=True))
     return [
         {
-            "query_id": chosen[i]["query_id"],
-            "chosen": chosen[i]["chosen"]["text"],
-            "rejected": chosen[i]["rejected"]["text"],
-            "sets": [name for name in names if chosen[i]["dropped_by"] not in AFTER_FILTERS[name]],
-            "margins": {name: scores[name][pairs[i].chosen] - scores[name][pairs[i].rejected] for name in names},
+            "query_id": one.pair.group,
+            "chosen": one.record["chosen"]["text"],
+            "rejected": one.record["rejected"]["text"],
+            "sets": [name for name in names if one.record["dropped_by"] not in AFTER_FILTERS[name]],
+            "margins": {name: scores[name][one.pair.chosen] - scores[name][one.pair.rejected] for name in names},
         }
-        for i in fitting
+        for one in held_out
     ]

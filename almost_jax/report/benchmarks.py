@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from almost_jax.errors import InputError
-from almost_jax.report.tables import FILTER_NAMES, Table, number, span
+from almost_jax.report.tables import Table, number, span
 
 NAMES = {
     "vanilla": "vanilla",
@@ -15,7 +15,9 @@ NAMES = {
     "rlsf": "RLSF",
     "as_is_reward": "as-is reward model",
     "reward": "reward model",
-    **{f"reward_ablation/{name}": f"reward model of {label}" for name, label in FILTER_NAMES.items()},
+    "reward_ablation/raw": "reward model of all pairs",
+    "reward_ablation/heuristic": "reward model after the heuristic filter",
+    "reward_ablation/as_is": "reward model after both filters",
 }
 
 

@@ -343,7 +343,7 @@ def _ablation(material: Material) -> list[Block]:
         "each filter leaves; the gain is over the model of the row above."
     )
     blocks: list[Block] = []
-    by_gold = (material.gold or {}).get("reward_ablation", {}).get("raw")
+    by_gold = (found["by_gold"] or {}).get("raw")
     if by_gold:
         n = by_gold["longer_wins"]["n"]
         caption = (
@@ -352,8 +352,10 @@ def _ablation(material: Material) -> list[Block]:
         blocks.append(TableBlock(tables.ablation_table(by_gold, found["models"]), f"{caption} {INTERVALS}"))
     for name, figures in reversed(found["held_out"].items()):
         n = figures["longer_wins"]["n"]
-        which = "before any filter" if name == "raw" else f"after the filters up to: {tables.FILTER_NAMES[name]}"
-        caption = f"Right is the pair's chosen response, by the rule of thumb, on n = {n:,} held-out pairs {which}."
+        which = {"raw": "before any filter", "heuristic": "after the heuristic filter", "as_is": "after both filters"}
+        caption = (
+            f"Right is the pair's chosen response, by the rule of thumb, on n = {n:,} held-out pairs {which[name]}."
+        )
         if not blocks:
             caption = f"{same} {caption}"
         if name != "raw":

@@ -1,14 +1,15 @@
 """Direct preference optimisation from the synthetic pairs: the baseline that needs neither reward model nor rollouts.
 
-It starts from the SFT policy, which is also its reference, and learns from the very pairs that the reward model was
-trained on (where `dpo.held_out` and `dpo.training.max_length` are as the reward model's), so that within one run RLSF
-can be told apart from simply learning its preferences. The reference's log-probs are computed once and kept in
+It starts from the SFT policy, which is also its reference, and learns from the same split of the kept pairs as the
+reward model (where `dpo.held_out` and `dpo.training.max_length` are as the reward model's), so that within one run
+RLSF can be told apart from simply learning its preferences. The reference's log-probs are computed once and kept in
 reference.jsonl. Source: Rafailov et al. 2023.
 """
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -90,9 +91,7 @@ def run_stage(run: Run) -> dict[str, Any]:
         return np.concatenate(found) if found else np.zeros((0, 2), np.float32)
 
     with jax.set_mesh(mesh):
-        reference = reference_logprobs(run, len(ordered), batch_size, lambda part: logprobs(
-            source.params, [ordered[place] for place in part]
-        ))
+        reference = reference_logprobs(run, ordered, batch_size, lambda part: logprobs(source.params, part))
 
         def batch_at(step: int) -> dict[str, np.ndarray]:
             places = [int(place) for place in batch_indices(step, batch_size, len(train), batches_seed)]
@@ -142,35 +141,46 @@ def load_pairs(run: Run, tokenizer: Tokenizer) -> tuple[list[Pair], dict[str, Ex
     return pairs, rows
 
 
-def reference_logprobs(run: Run, pairs: int, batch_size: int, score: Any) -> References:
+def reference_logprobs(
+    run: Run, pairs: Sequence[Pair], batch_size: int, score: Callable[[Sequence[Pair]], np.ndarray]
+) -> References:
     """The reference's log-probs of all pairs, from dpo/reference.jsonl as far as they stand there.
 
     Args:
         run: whose folder the file is in.
-        pairs: n.
+        pairs: n of them, in order.
         batch_size: pairs scored together; a batch that was torn is scored anew as a whole, so that the same program
             gives the same bytes.
-        score: places of pairs -> [n, 2] log-probs.
+        score: some of the pairs -> [n, 2] log-probs.
+
+    Raises:
+        InputError: the file is of other pairs.
     """
     path = run.path(NAME, "reference.jsonl")
+    names = [f"{place}-{_digest(pair)}" for place, pair in enumerate(pairs)]
     if not from_primary(path.exists):
         with RecordWriter(path, lambda record: str(record["pair"])) as writer:
-            with run.progress(f"{NAME}: the reference's log-probs", pairs, len(writer.done)) as progress:
-                for first in range(0, pairs, batch_size):
-                    places = range(first, min(first + batch_size, pairs))
-                    missing = [place for place in places if str(place) not in writer.done]
+            with run.progress(f"{NAME}: the reference's log-probs", len(pairs), len(writer.done)) as progress:
+                for first in range(0, len(pairs), batch_size):
+                    places = range(first, min(first + batch_size, len(pairs)))
+                    missing = [place for place in places if names[place] not in writer.done]
                     if not missing:
                         continue
-                    found = score(places)
+                    found = score([pairs[place] for place in places])
                     for place in missing:
                         chosen, rejected = (float(value) for value in found[place - first])
-                        writer.write({"pair": place, "chosen": chosen, "rejected": rejected})
+                        writer.write({"pair": names[place], "chosen": chosen, "rejected": rejected})
                     progress.advance(len(missing))
             writer.finish()
-    found = [(record["chosen"], record["rejected"]) for record in read_records(path)]
-    if len(found) != pairs:
-        raise InputError(f"{path}: holds {len(found)} pairs, but there are {pairs}; delete it, and it is made anew")
-    return found
+    records = read_records(path)
+    if [record["pair"] for record in records] != names:
+        raise InputError(f"{path}: holds {len(records)} pairs, not these {len(names)}; delete it, and it is made anew")
+    return [(record["chosen"], record["rejected"]) for record in records]
+
+
+def _digest(pair: Pair) -> str:
+    """What tells a pair from another one at the same place."""
+    return hashlib.sha256(f"{pair.chosen}\0{pair.rejected}".encode()).hexdigest()[:16]
 
 
 def pair_batch(pairs: Sequence[tuple[Example, Example]], length: int, pad_id: int) -> dict[str, np.ndarray]:

@@ -182,14 +182,10 @@ def split_pairs(pairs: Sequence[Pair], held_out: int, seed: int) -> tuple[list[P
     Raises:
         InputError: nothing is left to train on.
     """
-
-    def place(group: str) -> bytes:
-        return hashlib.sha256(f"{seed}/{group}".encode()).digest()
-
     sizes = Counter(pair.group for pair in pairs)
     kept_out: set[str] = set()
     taken = 0
-    for group in sorted(sizes, key=place):
+    for group in sorted(sizes, key=lambda group: place_of_group(group, seed)):
         if taken >= held_out:
             break
         kept_out.add(group)
@@ -198,6 +194,11 @@ def split_pairs(pairs: Sequence[Pair], held_out: int, seed: int) -> tuple[list[P
     if not train:
         raise InputError(f"held_out: {held_out} leaves none of {len(pairs)} pairs to train on; hold out fewer")
     return train, test
+
+
+def place_of_group(group: str, seed: int) -> bytes:
+    """What groups are ordered by to hold some out: of the seed and the name alone."""
+    return hashlib.sha256(f"{seed}/{group}".encode()).digest()
 
 
 def parted(pairs: Sequence[Pair], held_out: Set[str]) -> tuple[list[Pair], list[Pair]]:
@@ -327,7 +328,9 @@ def pair_batch(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], length: int
     return {"tokens": tokens.reshape(len(pairs), 2, length), "lengths": lengths.reshape(len(pairs), 2)}
 
 
-def pair_loss_sums(params: Params, batch: Batch, *, config: LlamaConfig, margin: float, centering: float) -> LossTerms:
+def pair_loss_sums(
+    params: Params, batch: Batch, *, config: LlamaConfig, margin: float, centering: float
+) -> LossTerms:
     """The ranking loss of a batch of pairs, both texts of a pair in one forward pass of 2B rows.
 
     Args:

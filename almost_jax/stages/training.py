@@ -97,7 +97,7 @@ def _trainings(
     """(dotted key, settings) of every training of these stages whose batches are of `batch_size` rows."""
     if "as_is_reward" in stages and config.as_is_reward.votes != "none":
         yield "as_is_reward.training", config.as_is_reward.training
-    if "reward" in stages:
+    if "reward" in stages or ("reward_ablation" in stages and config.reward_ablation is not None):
         yield "reward.training", config.reward.training
     # Packed, there are as many rows as the mesh can split.
     if "sft" in stages and not config.sft.packed_length:

@@ -95,7 +95,7 @@ def overrides(spec: dict[str, Any]) -> list[str]:
         "batch_size": size.prompts,
         "num_ppo_epochs": size.epochs,
         "num_mini_batches": 1,
-        "micro_batches": 1,
+        "micro_batches": size.micro_batches,
         "max_prompt_length": size.prompt_tokens,
         "sampling.max_new_tokens": size.new_tokens,
         "sampling.batch_size": size.prompts,

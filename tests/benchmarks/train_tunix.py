@@ -97,6 +97,7 @@ def ppo(spec: dict[str, Any]) -> dict[str, Any]:
                 eval_every_n_steps=10**9,
                 max_steps=10**9,
                 mini_batch_size=size.prompts,
+                train_micro_batch_size=size.prompts // size.micro_batches,
             ),
             rollout_config=base_rollout.RolloutConfig(
                 max_tokens_to_generate=size.new_tokens,

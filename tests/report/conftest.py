@@ -126,6 +126,7 @@ def write_run(directory: Path, seed: int) -> None:
         "steps": 1234,
         "models": {name: {"pairs": pairs} for name, pairs in (("raw", 4321), ("heuristic", 3210), ("as_is", 2109))},
         "held_out": analyses.ablation_figures(scored, lambda pair: 1.0, Bootstrap(99, 1)),
+        "by_gold": gold.analyse_ablation({f"q{i}": text for i, text in enumerate(texts)}, scored, Bootstrap(99, 1)),
     }
     (directory / "reward_ablation" / "ablation.json").write_text(json.dumps(ablation))
     write_records(directory / "demonstrations_self_play.jsonl", plain)
@@ -170,6 +171,8 @@ def scored_run(make_finished_run: Callable[[int], Path], tmp_path: Path) -> Path
     folder = tmp_path / "run"
     shutil.copytree(make_finished_run(3), folder)
     (folder / "evaluation" / "gold.json").unlink()
+    ablation = json.loads((folder / "reward_ablation" / "ablation.json").read_text())
+    (folder / "reward_ablation" / "ablation.json").write_text(json.dumps({**ablation, "by_gold": None}))
     rng = np.random.default_rng(5)
     items = read_records(folder / "evaluation" / "items.jsonl")
     for item in items:

@@ -130,8 +130,8 @@ def test_page_tells_what_the_filters_are_worth_to_the_reward_model(
 ) -> None:
     run = make_finished_run(3)
     scored = read_records(run / "reward_ablation" / "scores.jsonl")
-    found = json.loads((run / "reward_ablation" / "ablation.json").read_text())["held_out"]
-    by_gold = json.loads((run / "evaluation" / "gold.json").read_text())["reward_ablation"]
+    ablation = json.loads((run / "reward_ablation" / "ablation.json").read_text())
+    found, by_gold = ablation["held_out"], ablation["by_gold"]
     assert found["raw"]["accuracy"]["as_is"]["n"] == len(scored) == 120 and found["as_is"]["longer_wins"]["n"] == 40
     # Chosen and rejected have been swapped now and then.
     assert by_gold["raw"]["accuracy"] != found["raw"]["accuracy"]

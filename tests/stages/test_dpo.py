@@ -82,7 +82,7 @@ def test_before_the_first_update_the_policy_is_the_reference(tuned_run: Callable
     assert metrics[0]["margin"] == pytest.approx(0.0, abs=1e-5)
     assert metrics[0]["chosen_reward"] == pytest.approx(0.0, abs=1e-5)
     references = read_records(run.path("dpo", "reference.jsonl"))
-    assert [record["pair"] for record in references] == list(range(48))
+    assert [record["pair"].split("-")[0] for record in references] == [str(place) for place in range(48)]
     assert summary["pairs"] + summary["held_out"] == 48 and summary["held_out"] >= 8
     assert summary["steps"] == len(metrics) == 3 * summary["pairs"] // 8
     # It learns its pairs, and unlearns nothing of how a response is scored.
@@ -174,6 +174,14 @@ def test_without_a_section_it_is_off_and_bad_settings_are_refused(
     with pytest.raises(InputError, match="dpo: no comparison to train on, the filters kept none of 72 pairs"):
         dpo.run_stage(nothing)
     other = tuned_run(tmp_path / "other")
-    write_records(other.path("dpo", "reference.jsonl"), [{"pair": 0, "chosen": -1.0, "rejected": -2.0}])
-    with pytest.raises(InputError, match="holds 1 pairs, but there are 48; delete it"):
+    write_records(other.path("dpo", "reference.jsonl"), [{"pair": "0-0", "chosen": -1.0, "rejected": -2.0}])
+    with pytest.raises(InputError, match="holds 1 pairs, not these 48; delete it"):
         dpo.run_stage(other)
+    # As many pairs, in another order.
+    shuffled = tuned_run(tmp_path / "shuffled")
+    dpo.run_stage(shuffled)
+    path = shuffled.path("dpo", "reference.jsonl")
+    references = read_records(path)
+    write_records(path, [*references[1:], references[0]])
+    with pytest.raises(InputError, match="holds 48 pairs, not these 48; delete it"):
+        dpo.run_stage(shuffled)

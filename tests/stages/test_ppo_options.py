@@ -201,6 +201,18 @@ def test_rollouts_ahead_are_made_while_the_updates_run(
     with pytest.raises(Stopped):
         rlsf.run_stage(failing)
     assert [line["step"] for line in lines_of(failing)] == [1]
+
+    def breaking(*arguments: Any) -> Any:
+        raise Stopped
+
+    # Whatever breaks the updates ends the stage, with the rollouts ahead made to their end.
+    made = list[int]()
+    monkeypatch.setattr(rlsf, "collect", lambda *given: (collect(*given), made.append(given[-1]))[0])
+    monkeypatch.setattr(rlsf, "learn", breaking)
+    broken = make_ppo(tmp_path / "broken", overlap_rollouts=True)
+    with pytest.raises(Stopped):
+        rlsf.run_stage(broken)
+    assert made == [1, 2] and lines_of(broken) == []
     # Two devices would each take the two programs in an order of their own.
     monkeypatch.undo()
     several = make_ppo(tmp_path / "several", overlap_rollouts=True, steps=2, mesh=MeshConfig(data=2), devices=2)

@@ -9,6 +9,8 @@ import jax
 import numpy as np
 import pytest
 
+from almost_jax.config import MeshConfig
+from almost_jax.errors import InputError
 from almost_jax.evaluation import reward_ablation
 from almost_jax.io.records import read_records, write_records
 from almost_jax.io.run import Run
@@ -97,6 +99,51 @@ def test_a_filter_that_drops_nothing_gives_no_model_of_its_own(make_run: Callabl
     off = make_run(tmp_path / "off")
     assert reward_ablation.run_stage(off) == {"reward_ablation": "off"}
     assert not off.path("reward_ablation").exists()
+
+
+def test_queries_without_a_kept_pair_are_held_out_too_and_too_long_pairs_are_in_no_set(
+    ablated_run: Callable[..., Run], tmp_path: Path
+) -> None:
+    run = ablated_run(tmp_path, max_steps=1)
+    records = read_records(run.path("comparisons.jsonl"))
+    for place, record in enumerate(records):
+        if record["query_id"] in {f"q{i}" for i in range(0, 24, 2)}:
+            record |= {"kept": False, "dropped_by": "keyword"}
+        if place % 5 == 0:
+            record["rejected"]["text"] = "bird " * 70
+    write_records(run.path("comparisons.jsonl"), records)
+    reward_ablation.run_stage(run)
+    scores = read_records(run.path("reward_ablation", "scores.jsonl"))
+    found = json.loads(run.path("reward_ablation", "ablation.json").read_bytes())
+    sets = [tuple(record["sets"]) for record in scores]
+    assert ("raw",) in sets and sets.count(("raw", "heuristic", "as_is")) >= 8
+    by_query = {record["query_id"]: set[str]() for record in scores}
+    for record in scores:
+        by_query[record["query_id"]] |= set(record["sets"])
+    assert {"raw"} in by_query.values(), "nothing of one of them was kept"
+    assert not any("bird " * 70 in record["rejected"] for record in scores)
+    left = [r for r in records if r["query_id"] not in by_query and len(r["rejected"]["text"]) < 300]
+    assert found["models"]["raw"]["pairs"] == len(left) < 72 - len(scores)
+
+
+def test_holding_out_all_pairs_names_the_key(ablated_run: Callable[..., Run], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"reward_ablation.held_out: 99 leaves none of 42 kept pairs that fit"):
+        reward_ablation.run_stage(ablated_run(tmp_path, held_out=99))
+
+
+def test_05_the_figures_are_the_same_on_four_devices(
+    ablated_run: Callable[..., Run], make_run: Callable[..., Run], tmp_path: Path
+) -> None:
+    one = ablated_run(tmp_path / "one")
+    four = make_run(
+        tmp_path / "four", mesh=MeshConfig(data=2, fsdp=2), devices=4, reward_ablation=one.config.reward_ablation
+    )
+    write_records(four.path("comparisons.jsonl"), read_records(one.path("comparisons.jsonl")))
+    reward_ablation.run_stage(one)
+    reward_ablation.run_stage(four)
+    ours, theirs = (read_records(run.path("reward_ablation", "scores.jsonl")) for run in (one, four))
+    for left, right in zip(ours, theirs, strict=True):
+        assert left["margins"] == pytest.approx(right["margins"], abs=2e-3)
 
 
 def test_28_stopped_and_resumed_is_the_same_to_the_byte(
