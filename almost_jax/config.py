@@ -171,6 +171,18 @@ class OptimizerConfig(Section):
     max_grad_norm: Positive = 1.0
 
 
+class PolicyOptimizerConfig(OptimizerConfig):
+    """`OptimizerConfig` for a policy that has been fine-tuned before."""
+
+    learning_rate: Positive = 1e-6
+
+
+class PpoOptimizerConfig(PolicyOptimizerConfig):
+    """`PolicyOptimizerConfig` at a constant rate."""
+
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+
+
 class GuardsConfig(Section):
     """What supervised training does about a loss or gradient that is NaN or infinite.
 
@@ -202,6 +214,12 @@ class TrainingConfig(Section):
         if self.batch_size % self.micro_batches:
             raise wrong("batch_size", f"{self.batch_size} must be divisible by micro_batches {self.micro_batches}")
         return self
+
+
+class DpoTrainingConfig(TrainingConfig):
+    """`TrainingConfig` from a fine-tuned policy on."""
+
+    optimizer: PolicyOptimizerConfig = PolicyOptimizerConfig()
 
 
 class SelfInstructConfig(Section):
@@ -447,7 +465,7 @@ class DpoConfig(Section):
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5, strict=True)] = 0.0
     length_normalized: Flag = False
     held_out: NonNegativeInt = 500
-    training: TrainingConfig = TrainingConfig(optimizer=OptimizerConfig(learning_rate=1e-6))
+    training: DpoTrainingConfig = DpoTrainingConfig()
 
     @model_validator(mode="after")
     def _smoothing_fits(self) -> "DpoConfig":
@@ -473,7 +491,7 @@ class PpoConfig(Section):
     num_ppo_epochs: PositiveInt = 4
     num_mini_batches: PositiveInt = 1
     micro_batches: PositiveInt = 1
-    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-6, schedule="constant")
+    optimizer: PpoOptimizerConfig = PpoOptimizerConfig()
     critic: Literal["reward_model", "sft"] = "reward_model"
     value_learning_rate: Positive = 1e-5
     critic_warmup_steps: NonNegativeInt = 0

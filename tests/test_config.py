@@ -71,6 +71,14 @@ def test_base_is_merged_and_lists_are_replaced(tmp_path: Path) -> None:
     assert config.ppo.steps == base.ppo.steps and config.filters.keywords_anywhere == base.filters.keywords_anywhere
 
 
+def test_defaults_of_a_fine_tuned_policy_stay_when_another_key_is_given(tmp_path: Path) -> None:
+    path = child(tmp_path, "ppo: null\ndpo: null\n")
+    config = load_experiment(path, ["ppo={optimizer: {warmup_steps: 5}}", "dpo={training: {optimizer: {eps: 1.0e-6}}}"])
+    assert (config.ppo.optimizer.learning_rate, config.ppo.optimizer.schedule) == (1e-6, "constant")
+    assert config.dpo is not None and config.dpo.training.optimizer.learning_rate == 1e-6
+    assert config.dpo.training.optimizer.schedule == "linear" and config.dpo.training.batch_size == 64
+
+
 def test_bases_chain_and_are_relative_to_their_own_file(tmp_path: Path) -> None:
     child(tmp_path, "seed: 5\n")
     (tmp_path / "inner").mkdir()

@@ -1,5 +1,6 @@
 """The planner's parts that need no TPU compiler, and (slow) the compiler itself where libtpu is installed."""
 
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
@@ -8,8 +9,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from almost_jax.config import MeshConfig
+from almost_jax.core.partitioning import make_mesh
 from almost_jax.errors import InputError
 from almost_jax.experiments import load_experiment
+from almost_jax.io.models import load_model, save_model
 from almost_jax.plan.flops import count_flops
 from almost_jax.plan.hlo import collectives
 from almost_jax.plan.programs import program_names, samples
@@ -131,6 +135,11 @@ def test_shapes_of_models_are_known_without_their_weights(tmp_path: Path) -> Non
     assert model_shape("models.small", "microworld:small").hidden_size == 64
     with pytest.raises(InputError, match=r"models\.large: no shape is known for 'nobody/nothing'"):
         model_shape("models.large", "nobody/nothing")
+    ours = tmp_path / "ours"
+    model = load_model("microworld:small", make_mesh(MeshConfig(), jax.devices()[:1]), "float32")
+    save_model(ours, dataclasses.replace(model, kind="policy"))
+    assert not (ours / "config.json").exists()
+    assert model_shape("models.small", str(ours)) == model.config
     (tmp_path / "config.json").write_text("{", encoding="utf-8")
     with pytest.raises(InputError, match=r"config\.json: not a config"):
         model_shape("models.large", str(tmp_path))
@@ -138,12 +147,13 @@ def test_shapes_of_models_are_known_without_their_weights(tmp_path: Path) -> Non
 
 def test_every_program_of_an_experiment_has_a_name(experiments_folder: Path) -> None:
     names = program_names(load_experiment(experiments_folder / "almost_7b.yaml", []))
-    assert {"sft_step", "reward_step", "ppo_update", "score_reward", "prefill_large", "decode_large"} <= set(names)
+    assert {"sft_step", "reward_step", "ppo_update", "ppo_judge", "score_reward"} <= set(names)
+    assert {"prefill_large", "decode_large"} <= set(names)
 
 
 def test_programs_that_sample_run_on_the_mesh_for_sampling(experiments_folder: Path) -> None:
     names = program_names(load_experiment(experiments_folder / "almost_small.yaml", []))
-    assert [name for name in names if not samples(name)] == ["sft_step", "reward_step", "ppo_update"]
+    assert [name for name in names if not samples(name)] == ["sft_step", "reward_step", "ppo_update", "ppo_judge"]
 
 
 @pytest.mark.slow
@@ -162,7 +172,7 @@ def test_decoding_on_a_mesh_for_sampling_reads_weights_and_cache_once(experiment
 
 @pytest.mark.slow
 @pytest.mark.skipif(NO_LIBTPU, reason="needs libtpu: pip install almost-jax[tpu]")
-@pytest.mark.parametrize("name", ["sft_step", "reward_step", "ppo_update", "score_reward", "decode_small"])
+@pytest.mark.parametrize("name", ["sft_step", "reward_step", "ppo_update", "ppo_judge", "score_reward", "decode_small"])
 def test_the_smallest_programs_compile_for_a_tpu(name: str, experiments_folder: Path) -> None:
     config = load_experiment(experiments_folder / "microworld.yaml", ["mesh.data=4"])
     report = examine(config, parse_topology("v5e:2x2"), name)

@@ -211,6 +211,16 @@ def _load_ours(folder: Path, source: str, mesh: Mesh, stored: str | None) -> Mod
     return Model(config, params, tokenizer, kind, source, *normalisation, card["score_at_end"])
 
 
+def saved_config(folder: Path) -> LlamaConfig:
+    """The shape of a model that `save_model` wrote, from its model.json alone.
+
+    Raises:
+        InputError: it isn't one of ours.
+    """
+    config: LlamaConfig = _read_card(folder / CARD)["config"]
+    return config
+
+
 def _read_card(path: Path) -> dict[str, Any]:
     try:
         card = json.loads(path.read_bytes())

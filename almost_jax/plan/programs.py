@@ -29,12 +29,13 @@ from almost_jax.core.llama import (
 from almost_jax.core.partitioning import batch_sharding, partition_spec, replicated, row_parts, rules_for, shardings
 from almost_jax.core.train import TrainState, make_optimizer, make_train_step
 from almost_jax.plan.shapes import model_shape
+from almost_jax.sampling.rows import Samples
 from almost_jax.sampling.rules import SamplingRules, draw
 from almost_jax.sampling.scoring import _sequence_scores
-from almost_jax.stages.actors import training_players
+from almost_jax.stages.actors import judging_shape, training_players
 from almost_jax.stages.execution import training_shape, training_shardings, training_spread
 from almost_jax.stages.reward import pair_loss_sums
-from almost_jax.stages.rollouts import Experience, Players
+from almost_jax.stages.rollouts import Experience, Players, judge
 from almost_jax.stages.sft import sft_loss_sums
 from almost_jax.stages.updates import PpoState, make_optimizers, make_update
 
@@ -60,7 +61,7 @@ class Program:
 
 def program_names(config: ExperimentConfig) -> list[str]:
     """The programs of an experiment, by the names that `build` knows."""
-    names = ["sft_step", "reward_step", "ppo_update", "score_reward"]
+    names = ["sft_step", "reward_step", "ppo_update", "ppo_judge", "score_reward"]
     for name in _sampled(config):
         names += [f"prefill_{name}", f"decode_{name}"]
     return names
@@ -79,6 +80,8 @@ def build(config: ExperimentConfig, mesh: Mesh, name: str) -> Program:
         return _reward_step(config, mesh)
     if name == "ppo_update":
         return _ppo_update(config, mesh)
+    if name == "ppo_judge":
+        return _ppo_judge(config, mesh)
     if name == "score_reward":
         return _score_reward(config, mesh)
     kind, _, model = name.partition("_")
@@ -182,9 +185,8 @@ def _reward_step(config: ExperimentConfig, mesh: Mesh) -> Program:
 
 
 def _ppo_update(config: ExperimentConfig, mesh: Mesh) -> Program:
-    ppo = config.ppo
-    policy = _shape(config, config.sft.model)
-    critic = _shape(config, config.reward.model if ppo.critic == "reward_model" else config.sft.model)
+    ppo, players = config.ppo, _players(config)
+    policy, critic = players.policy, players.critic
     policy_optimizer, critic_optimizer = make_optimizers(ppo)
     scalar: Any = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
     state = PpoState(
@@ -193,10 +195,6 @@ def _ppo_update(config: ExperimentConfig, mesh: Mesh) -> Program:
         scalar,
     )
     placement = jax.tree.map(lambda leaf: leaf.sharding, state)
-    players = Players(
-        policy=policy, critic=critic, reward=critic, temperature=ppo.sampling.temperature, stop_tokens=(2,), eos_id=2,
-        reward_mean=0.0, reward_std=1.0, value_shift=0.0, value_scale=1.0,
-    )  # fmt: skip
     players = training_players(players, config.mesh, mesh)
     spread = training_spread(
         config.mesh, mesh, {"policy": placement.policy.params, "critic": placement.critic.params}
@@ -209,6 +207,53 @@ def _ppo_update(config: ExperimentConfig, mesh: Mesh) -> Program:
         "ppo_update", update, (state, _experience(config, mesh), _rows(mesh, (rows,), jnp.int32)),
         device_bytes(trees), device_bytes(moments), 0,
         ("ppo.micro_batches", "ppo.num_mini_batches", "ppo.batch_size", "mesh.remat", "mesh.explicit", "mesh.fsdp"),
+    )  # fmt: skip
+
+
+def _players(config: ExperimentConfig) -> Players:
+    policy, reward = _shape(config, config.sft.model), _shape(config, config.reward.model)
+    return Players(
+        policy=policy, critic=reward if config.ppo.critic == "reward_model" else policy, reward=reward,
+        temperature=config.ppo.sampling.temperature, stop_tokens=(2,), eos_id=2,
+        reward_mean=0.0, reward_std=1.0, value_shift=0.0, value_scale=1.0,
+    )  # fmt: skip
+
+
+def _ppo_judge(config: ExperimentConfig, mesh: Mesh) -> Program:
+    """All four models over a step's rollouts: policy and critic as they are trained, the frozen ones as they lie."""
+    ppo, players, settings = config.ppo, _players(config), config.mesh
+    judging = dataclasses.replace(
+        players,
+        policy=judging_shape(players.policy, settings, mesh),
+        critic=judging_shape(players.critic, settings, mesh),
+    )
+
+    def trained(shape: LlamaConfig, head: bool) -> Any:
+        tree = _with_head(abstract_params(shape), shape) if head else abstract_params(shape)
+        return _placed(tree, training_shardings(shape, settings, mesh, head), jnp.float32)
+
+    def kept(shape: LlamaConfig, head: bool) -> Any:
+        tree = _with_head(abstract_params(shape), shape) if head else abstract_params(shape)
+        axes = {**logical_axes(shape), **head_axes()} if head else logical_axes(shape)
+        dtype = config.compute_dtype if ppo.frozen_dtype == "compute" else ppo.frozen_dtype
+        return _placed(tree, shardings(axes, mesh), jnp.dtype(dtype))
+
+    trees = (
+        trained(players.policy, False),
+        kept(players.policy, False) if ppo.uses_reference else None,
+        trained(players.critic, True),
+        kept(players.reward, True),
+    )
+    rows, answer = ppo.batch_size, (ppo.batch_size, ppo.sampling.max_new_tokens)
+    samples = Samples(
+        tokens=_rows(mesh, answer, jnp.int32), logprobs=_rows(mesh, answer, jnp.float32),
+        lengths=_rows(mesh, (rows,), jnp.int32), stopped=_rows(mesh, (rows,), jnp.bool_),
+    )  # fmt: skip
+    prompts = _rows(mesh, (rows, ppo.max_prompt_length), jnp.int32), _rows(mesh, (rows,), jnp.int32)
+    parts = ppo.judge_micro_batches or ppo.num_mini_batches * ppo.micro_batches
+    return Program(
+        "ppo_judge", judge, (*trees, *prompts, samples, judging, parts), device_bytes(trees), 0, 0,
+        ("ppo.judge_micro_batches", "ppo.batch_size", "ppo.frozen_dtype", "mesh.fsdp"),
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from almost_jax.core.llama import LlamaConfig
 from almost_jax.core.rotary import RopeConfig
 from almost_jax.errors import InputError
 from almost_jax.io.hf_config import parse_config
+from almost_jax.io.models import CARD, saved_config
 from almost_jax.io.paths import local_path
 
 _WEIGHTS = Path(__file__).resolve().parents[1] / "microworld" / "weights"
@@ -41,7 +42,7 @@ def model_shape(key: str, source: str) -> LlamaConfig:
 
     Args:
         key: the config key, for messages.
-        source: `microworld:NAME`, a folder with config.json, or a hub name of `HUB`.
+        source: `microworld:NAME`, a folder of ours or of Hugging Face's, or a hub name of `HUB`.
 
     Raises:
         InputError: no shape is known.
@@ -49,10 +50,13 @@ def model_shape(key: str, source: str) -> LlamaConfig:
     if source in HUB:
         return HUB[source]
     folder = _WEIGHTS / source.removeprefix("microworld:") if source.startswith("microworld:") else local_path(source)
+    if (folder / CARD).is_file():
+        return saved_config(folder)
     path = folder / "config.json"
     if not path.is_file():
         raise InputError(
-            f"{key}: no shape is known for {source!r}; give a folder with config.json, or one of {', '.join(HUB)}"
+            f"{key}: no shape is known for {source!r}; give a folder with {CARD} (ours) or config.json (Hugging Face), "
+            f"or one of {', '.join(HUB)}"
         )
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))

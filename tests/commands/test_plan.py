@@ -49,8 +49,8 @@ def test_json_names_every_program_with_its_figures(
     assert run(str(experiments_folder / "almost_7b.yaml"), "--topology", "v5e:8x8", "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert found["topology"] == "v5e:8x8"
-    assert [program["name"] for program in found["programs"]][:4] == [
-        "sft_step", "reward_step", "ppo_update", "score_reward"
+    assert [program["name"] for program in found["programs"]][:5] == [
+        "sft_step", "reward_step", "ppo_update", "ppo_judge", "score_reward"
     ]  # fmt: skip
     figures = {"fits", "peak_bytes", "argument_bytes", "temp_bytes", "flops", "floor_seconds", "warnings"}
     assert figures | {"collectives"} <= set(found["programs"][0])
