@@ -260,11 +260,16 @@ def train_reward_model(
         if not texts:
             return np.zeros((0,), np.float32)
         flat, config = decode_layout(params, source.config, platform())
-        sequences = [rows[text] for text in texts]
-        return score_sequences(flat, config, sequences, batch_size=2 * batch_size, multiple=length)
+        # A text stands in several pairs of its query.
+        places = {text: place for place, text in enumerate(dict.fromkeys(texts))}
+        found = score_sequences(
+            flat, config, [rows[text] for text in places], batch_size=2 * batch_size, multiple=length
+        )
+        return found[[places[text] for text in texts]]
 
     def held_out_scores(params: Params) -> tuple[np.ndarray, np.ndarray]:
-        return scores(params, [pair.chosen for pair in test]), scores(params, [pair.rejected for pair in test])
+        found = scores(params, [text for pair in test for text in (pair.chosen, pair.rejected)])
+        return found[::2], found[1::2]
 
     def evaluate(params: Params) -> dict[str, float]:
         chosen, rejected = held_out_scores(params)
