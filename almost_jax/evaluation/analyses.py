@@ -240,25 +240,23 @@ def ablation_figures(
         rows = [(record, value) for record, value in judged if name in record["sets"]]
         if not rows:
             continue
-        gaps = [(len(record["chosen"]) - len(record["rejected"])) for record, _ in rows]
+        ids = [record["query_id"] for record, _ in rows]
+        # Characters of the better response less those of the other.
+        gaps = [float(np.sign(value)) * (len(record["chosen"]) - len(record["rejected"])) for record, value in rows]
         right = {
             model: [agreement(record["margins"][model], value) for record, value in rows]
             for model in rows[0][0]["margins"]
         }
-        ids = [record["query_id"] for record, _ in rows]
         sums = {
             model: weighted_clusters([(query, 1.0, hit) for query, hit in zip(ids, hits, strict=True)], queries)
             for model, hits in right.items()
         }
-        longer = [
-            (query, 1.0, agreement(gap, rows[i][1])) for i, (query, gap) in enumerate(zip(ids, gaps, strict=True))
-        ]
-        by_gap = [float(gap * np.sign(rows[i][1])) for i, gap in enumerate(gaps)]
+        longer = [(query, 1.0, agreement(gap, 1.0)) for query, gap in zip(ids, gaps, strict=True)]
         found[name] = {
             "accuracy": {model: share_interval(quantity, bootstrap) for model, quantity in sums.items()},
             "gains": gains_of(sums, bootstrap),
             "length_matched": {
-                model: length_matched(list(zip(ids, hits, by_gap, strict=True)), queries, bootstrap)
+                model: length_matched(list(zip(ids, hits, gaps, strict=True)), queries, bootstrap)
                 for model, hits in right.items()
             },
             "longer_wins": share_interval(weighted_clusters(longer, queries), bootstrap),

@@ -25,6 +25,7 @@ from almost_jax.stages.reward import (
     check_any_kept,
     comparison_pair,
     load_reward_model,
+    parted,
     place_of_group,
     train_reward_model,
 )
@@ -75,8 +76,8 @@ def run_stage(run: Run) -> dict[str, Any]:
     last = list(sets)[-1]
     held_out = groups_held_out(fitting, sets[last], settings.held_out, run.seed(f"{NAME}/split"))
     run.say(f"{NAME}: {len(every) - len(fitting)} pairs are too long, the pairs of {len(held_out)} queries held out")
-    test = [pair for pair in sets[last] if pair.group in held_out]
-    steps = count_steps(config.training, len(sets[last]) - len(test))
+    train, test = parted(sets[last], held_out)
+    steps = count_steps(config.training, len(train))
     steps = min(steps, settings.max_steps or steps)
     trained: dict[str, dict[str, Any]] = {}
     for name, pairs in sets.items():
@@ -85,7 +86,7 @@ def run_stage(run: Run) -> dict[str, Any]:
             run,
             f"{NAME}/{name}",
             config.model,
-            [*(pair for pair in pairs if pair.group not in held_out), *test],
+            [*parted(pairs, held_out)[0], *test],
             held_out=held_out,
             reference_samples=config.reference_samples,
             margin=config.margin,
