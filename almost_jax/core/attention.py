@@ -24,8 +24,8 @@ def attention(
 
     Args:
         queries: [B, T, N, H].
-        keys: [B, K, H, S], the row's own; N is a multiple of K.
-        values: [B, K, S, H].
+        keys: [B, K, H, S], the row's own, of the queries' dtype or a wider one; N is a multiple of K.
+        values: [B, K, S, H], of the keys' dtype.
         mask: [B, T, S] bool, True where a query may see a key.
         prefix: keys [K, H, P] and values [K, P, H] that every query may see.
 
@@ -44,7 +44,7 @@ def attention(
     # half the time of keys with H last.
     grouped = jnp.moveaxis(queries.reshape(b, t, k, n // k, h), 2, 1)
 
-    own = jnp.einsum("bktgh,bkhs->bktgs", grouped, keys, preferred_element_type=jnp.float32) * scale
+    own = jnp.einsum("bktgh,bkhs->bktgs", grouped.astype(keys.dtype), keys, preferred_element_type=jnp.float32) * scale
     own = jnp.where(mask[:, None, :, None], own, MASKED)
     peak = own.max(axis=-1)
     if prefix is not None:

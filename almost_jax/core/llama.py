@@ -21,7 +21,7 @@ from jax import Array
 from almost_jax.core.attention import attention, cache_mask, causal_attention, causal_mask
 from almost_jax.core.gathering import Gather
 from almost_jax.core.partitioning import constrain, platform
-from almost_jax.core.products import contract, tied_logits
+from almost_jax.core.products import accumulate, contract, tied_logits
 from almost_jax.core.rotary import RopeConfig, rotary_table, rotate
 from almost_jax.core.splash import splash_attention
 
@@ -128,10 +128,12 @@ class Kernel(nn.Module):
     contracted: int = 1
     gather: Gather | None = None
     out_in: bool = False
+    wide: bool = False
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        """Multiply in the dtype of x."""
+        """Multiply in the dtype of x; the product has it too, or, where it is to be `wide`, is left in float32."""
+        out = jnp.float32 if self.wide else x.dtype
         initializer = nn.with_logical_partitioning(nn.initializers.normal(self.stddev), self.axes)
         last = tuple(range(x.ndim - self.contracted, x.ndim))
         if self.out_in:
@@ -141,18 +143,17 @@ class Kernel(nn.Module):
             own = tuple(range(outputs, len(turned)))
             kernel = parameter.astype(x.dtype)
             if math.prod(x.shape[: -self.contracted]) > _FEW_ROWS:
-                return jax.lax.dot_general(x, kernel, ((last, own), ((), ())))
-            product = jax.lax.dot_general(kernel, x, ((own, last), ((), ())))
+                return accumulate(x, kernel, (last, own)).astype(out)
+            product = accumulate(kernel, x, (own, last)).astype(out)
             return jnp.moveaxis(product, tuple(range(outputs)), tuple(range(-outputs, 0)))
         if self.gather is None:
-            parameter = self.param("kernel", initializer, self.shape)
-            kernel = parameter.astype(x.dtype)
+            kernel = self.param("kernel", initializer, self.shape)
         else:
             parameter = self.param("kernel", initializer, self.gather.local_shape(self.shape, self.axes))
             kernel = self.gather.whole(parameter, self.axes, x.dtype)
-        if platform() == "cpu":
-            return contract(x, kernel, self.contracted)
-        return jax.lax.dot_general(x, kernel, ((last, tuple(range(self.contracted))), ((), ())))
+        if platform() == "cpu" or self.wide:
+            return contract(x, kernel, self.contracted, out)
+        return jax.lax.dot_general(x, kernel.astype(x.dtype), ((last, tuple(range(self.contracted))), ((), ())))
 
 
 class Attention(nn.Module):
@@ -184,28 +185,21 @@ class Attention(nn.Module):
         k, v = jnp.moveaxis(k, 1, 3), jnp.swapaxes(v, 1, 2)
         if cache is not None:
             assert starts is not None, "a cache comes with the slots to write at"
-            k = jax.vmap(_write_last)(cache[0], k.astype(cache[0].dtype), starts)
-            v = jax.vmap(_write)(cache[1], v.astype(cache[1].dtype), starts)
+            k = _write(cache[0], k.astype(cache[0].dtype), starts, -1)
+            v = _write(cache[1], v.astype(cache[1].dtype), starts, -2)
         if alone and c.attention == "blocks":
             mixed = causal_attention(q, k, v)
         elif not (alone and c.attention == "splash"):
-            mixed = attention(q, k.astype(q.dtype), v.astype(q.dtype), mask, prefix)
+            mixed = attention(q, k, v, mask, prefix)
         mixed = constrain(mixed, "batch", "length", "activation_heads", None)
         axes = ("heads", "head_dim", "embed")
         out = kernel((*wide, d), axes, contracted=2, name="output")(mixed)
         return out, (k, v)
 
 
-def _write_last(slots: Array, new: Array, start: Array) -> Array:
-    """Write new keys [K, H, T] into one row's slots [K, H, S] from `start` on."""
-    zero = jnp.zeros((), start.dtype)
-    return jax.lax.dynamic_update_slice(slots, new, (zero, zero, start))
-
-
-def _write(slots: Array, new: Array, start: Array) -> Array:
-    """Write new values [K, T, H] into one row's slots [K, S, H] from `start` on."""
-    zero = jnp.zeros((), start.dtype)
-    return jax.lax.dynamic_update_slice(slots, new, (zero, start, zero))
+def _write(slots: Array, new: Array, starts: Array, axis: int) -> Array:
+    """Write every row's new keys or values [B, K, ...] into its slots, from its start [B] on along an axis."""
+    return jax.vmap(functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=axis))(slots, new, starts)
 
 
 class MLP(nn.Module):
@@ -273,7 +267,8 @@ class Llama(nn.Module):
             self.layers = tuple(block(c) for _ in range(c.num_layers))
         self.norm = RMSNorm(c.rms_norm_eps)
         if not c.tie_embeddings:
-            self.lm_head = Kernel(table[::-1], _TABLE_AXES[::-1], c.initializer_range, gather=c.gather, out_in=c.out_in)
+            kernel = functools.partial(Kernel, gather=c.gather, out_in=c.out_in, wide=True)
+            self.lm_head = kernel(table[::-1], _TABLE_AXES[::-1], c.initializer_range)
 
     def __call__(
         self,
@@ -308,12 +303,12 @@ class Llama(nn.Module):
     def unembed(self, hidden: Array) -> Array:
         """Hidden states [B, T, D] -> logits [B, T, V] in float32."""
         if self.config.tie_embeddings:
+            if platform() == "cpu":
+                return constrain(tied_logits(hidden, self.table()), "batch", "length", "activation_vocab")
             table = self.table().astype(hidden.dtype)
-            if platform() == "cpu" and hidden.dtype == jnp.float32:
-                return constrain(tied_logits(hidden, table), "batch", "length", "activation_vocab")
             out = jnp.einsum("btd,vd->btv", hidden, table, preferred_element_type=jnp.float32)
         else:
-            out = self.lm_head(hidden).astype(jnp.float32)
+            out = self.lm_head(hidden)
         return constrain(out, "batch", "length", "activation_vocab")
 
     def everything(self, tokens: Array, positions: Array, mask: Array) -> Array:
@@ -334,6 +329,21 @@ def init_params(config: LlamaConfig, key: Array) -> Params:
     """Fresh float32 parameters: normal(initializer_range) matrices, ones for norms."""
     params: Params = nn.meta.unbox(_boxed(config, key))
     return params
+
+
+def cast_matrices(params: Params, dtype: str) -> Params:
+    """The same tree with its matrices stored in a dtype.
+
+    Norms and a scalar head, which compute in float32, stay as they are, so that storing matrices in the compute dtype
+    changes no bit of what is computed.
+    """
+
+    def cast(path: Any, leaf: Array) -> Array:
+        *above, last = (entry.key for entry in path)
+        return leaf.astype(dtype) if last in ("kernel", "embedding") and above != ["score"] else leaf
+
+    cast_params: Params = jax.tree_util.tree_map_with_path(cast, params)
+    return cast_params
 
 
 def abstract_params(config: LlamaConfig) -> Params:
@@ -426,14 +436,19 @@ def logits(params: Params, config: LlamaConfig, hidden: Array) -> Array:
 
 
 def empty_cache(config: LlamaConfig, batch: int, slots: int) -> Cache:
-    """A cache of `batch` rows with room for `slots` tokens each beyond the prefix, in the compute dtype."""
+    """A cache of `batch` rows with room for `slots` tokens each beyond the prefix, in the compute dtype.
+
+    On a CPU always in float32: it updates floats of two bytes by converting the whole cache to four and back, which
+    costs more than products of float32 do.
+    """
     heads, size = config.num_kv_heads, config.head_dim
+    dtype = "float32" if platform() == "cpu" else config.dtype
 
     def zeros(shape: tuple[int, ...]) -> Any:
         axes = ("rows", "activation_kv_heads", None, None)
         if config.scan_layers:
-            return constrain(jnp.zeros((config.num_layers, *shape), config.dtype), "layers", *axes)
-        return tuple(constrain(jnp.zeros(shape, config.dtype), *axes) for _ in range(config.num_layers))
+            return constrain(jnp.zeros((config.num_layers, *shape), dtype), "layers", *axes)
+        return tuple(constrain(jnp.zeros(shape, dtype), *axes) for _ in range(config.num_layers))
 
     return Cache(
         zeros((batch, heads, size, slots)), zeros((batch, heads, slots, size)), jnp.zeros((batch,), jnp.int32)

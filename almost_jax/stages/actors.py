@@ -1,15 +1,12 @@
 """Who takes part in PPO beside what is trained: the SFT policy as reference, the reward model, the prompts."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import numpy as np
-from jax import Array
 
 from almost_jax.config import MeshConfig, PpoConfig
-from almost_jax.core.heads import HEAD
-from almost_jax.core.llama import LlamaConfig
+from almost_jax.core.llama import LlamaConfig, cast_matrices
 from almost_jax.errors import InputError
 from almost_jax.io.batches import pad
 from almost_jax.io.models import Model, load_model
@@ -132,21 +129,10 @@ def check_positions(actors: Actors, width: int) -> None:
 
 
 def frozen(actors: Actors, ppo: PpoConfig, compute_dtype: str) -> Actors:
-    """The actors as they stay beside the state: matrices in `ppo.frozen_dtype`, no reference where nothing uses it.
-
-    Norms and the head, which compute in float32, stay in it, so that storing matrices in the compute dtype changes no
-    bit of what is computed.
-    """
+    """The actors as they stay beside the state: matrices in `ppo.frozen_dtype`, no reference where nothing uses it."""
     dtype = compute_dtype if ppo.frozen_dtype == "compute" else ppo.frozen_dtype
-
-    def cast(path: Any, leaf: Array) -> Array:
-        names = [entry.key for entry in path]
-        return leaf.astype(dtype) if names[-1] in ("kernel", "embedding") and HEAD not in names else leaf
-
-    reference, reward = (
-        jax.tree_util.tree_map_with_path(cast, params)
-        for params in (actors.sft.params if ppo.uses_reference else {}, actors.reward.params)
-    )
+    reference = cast_matrices(actors.sft.params, dtype) if ppo.uses_reference else {}
+    reward = cast_matrices(actors.reward.params, dtype)
     return dataclasses.replace(
         actors,
         sft=dataclasses.replace(actors.sft, params=reference),

@@ -1,27 +1,28 @@
-"""Sampling on SmolLM2-135M in float32: our engine, transformers and Tunix on the same machine in the same run.
+"""Sampling on SmolLM2-135M: our engine, transformers and Tunix on the same machine in the same run.
 
     make bench
-    .venv/bin/python tests/benchmarks/bench_sampling.py [--workloads separate] [--cores 1] [--ours-only] [--quick]
+    .venv/bin/python tests/benchmarks/bench_sampling.py [--workloads separate] [--cores 1] [--dtype bfloat16]
 
 Four workloads (see `workloads.py`), each on every core count: tokens a second over whole calls, compilation apart; the
 ratio to the better peer; the share of the floor that the machine's rates, measured in the same run, allow (`floor.py`).
 `ragged` compares our engine with itself without refill; `best_of_4` is compared with four passes of transformers, and
 its one call for four sequences stands beside. All run the same weights (their logits are compared with ours first), and
-greedy tokens are compared with transformers'. Writes bench_results/sampling.json and sampling.png, which git ignores.
+greedy tokens are compared with transformers'. Everyone computes in float32, or in bfloat16 where asked to. Writes
+bench_results/sampling.json and sampling.png (sampling-bfloat16), which git ignores.
 """
 
 import statistics
 from typing import Any
 
-from floor import floor_seconds
+from floor import FLOAT_BYTES, floor_seconds
 from harness import MODEL, WORK, facts, fresh_work_folder, options, run_worker, say, write_results
 from plots import plot_sampling
 from workloads import Workload, sampling_workloads
 
 # Which workloads each peer runs.
 PEERS = {"transformers": ("shared_prefix", "separate", "best_of_4"), "tunix": ("shared_prefix", "separate")}
-# Logits may differ by rounding; beyond this it is another model.
-LOGITS_TOLERANCE = 1e-3
+# Logits may differ from ours in float32 by rounding; beyond this it is another model.
+LOGITS_TOLERANCE = {"float32": 1e-3, "bfloat16": 4.0}
 # What is compared with what, and by how much ours is to lead.
 GOALS = {"shared_prefix": 9.0, "separate": 1.7, "ragged": 1.5, "best_of_4": 3.0}
 
@@ -33,19 +34,21 @@ def main() -> None:
     known = sampling_workloads(given.quick)
     fresh_work_folder()
     base = {"model": str(MODEL), "work": str(WORK), "quick": given.quick, "repeats": given.repeats}
+    base["dtype"] = given.dtype
     base |= run_worker("prepare.py", base, max(given.cores), "prepare")
     results: dict[str, Any] = {
         "benchmark": "sampling",
         **facts(),
+        "dtype": given.dtype,
         "quick": given.quick,
         "workloads": {name: known[name].__dict__ for name in given.workloads},
         "by_cores": {},
     }
     for cores in given.cores:
-        say(f"sampling on {cores} core{'s' * (cores > 1)}")
+        say(f"sampling in {given.dtype} on {cores} core{'s' * (cores > 1)}")
         results["by_cores"][str(cores)] = measure(base, cores, given.workloads, given.ours_only, known)
         show(results["by_cores"][str(cores)], given.workloads, cores)
-        path = write_results("sampling", results)
+        path = write_results(results)
     plot = plot_sampling(results, path.with_suffix(".png"))
     say(f"written: {path}, {plot}")
 
@@ -62,12 +65,12 @@ def measure(
             spec = {**base, "workloads": wanted}
             engines[peer] = run_worker(f"sample_{peer}.py", spec, cores, f"{peer}_{cores}")
             difference = engines[peer]["logits_difference"]
-            if not difference <= LOGITS_TOLERANCE:
+            if not difference <= LOGITS_TOLERANCE[base["dtype"]]:
                 raise RuntimeError(f"{peer}: logits differ from ours by {difference}: not the same model")
     equal = equal_tokens(engines, "separate")
     found = {"floor": rates, "engines": engines, "compared": {}, "greedy_tokens_equal": equal}
     for name in names:
-        found["compared"][name] = compare(known[name], base["shape"], rates, engines)
+        found["compared"][name] = compare(known[name], base["shape"], rates, engines, base["dtype"])
     for engine in engines.values():
         for figures in engine["workloads"].values():
             figures.pop("tokens", None)
@@ -75,7 +78,7 @@ def measure(
 
 
 def compare(
-    workload: Workload, shape: dict[str, int], rates: dict[str, float], engines: dict[str, Any]
+    workload: Workload, shape: dict[str, int], rates: dict[str, float], engines: dict[str, Any], dtype: str
 ) -> dict[str, Any]:
     """Tokens a second of everyone on a workload, the ratio to the better other, and the share of the floor."""
 
@@ -88,7 +91,7 @@ def compare(
     without_refill = (figures["ours"] or {}).get("without_refill_seconds")
     if without_refill:
         others["ours without refill"] = rate(without_refill)
-    floor = workload.new_tokens / floor_seconds(workload, shape, rates)
+    floor = workload.new_tokens / floor_seconds(workload, shape, rates, FLOAT_BYTES[dtype])
     compared: dict[str, Any] = {
         "tokens_per_second": speeds | others,
         "floor_tokens_per_second": floor,

@@ -1,6 +1,6 @@
-"""The machine's floor: no program with these weights in float32 can sample faster than its rates allow.
+"""The machine's floor: no program with these weights can sample faster than its rates allow.
 
-Two rates are measured, in a process pinned like the engines': float32 matrix products of the model's shapes (the best
+Two rates are measured, in a process pinned like the engines': matrix products of the model's shapes (the best
 of XLA's and torch's, over prefill-like and decode-like row counts), and reading an array as large as the weights (the
 best of several reductions). Then, with every shared token computed and read once,
 
@@ -17,6 +17,7 @@ in every step as there are slots, until nothing is left (perfect refill). Norms,
 writing are free, which no program achieves.
 """
 
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -24,7 +25,7 @@ from typing import Any
 from harness import serve
 from workloads import Workload
 
-FLOAT_BYTES = 4
+FLOAT_BYTES = {"float32": 4, "bfloat16": 2}
 SECONDS_PER_RATE = 0.6
 
 
@@ -41,27 +42,27 @@ def attention_flops(shape: dict[str, int]) -> float:
     return 4.0 * shape["num_heads"] * shape["head_dim"] * shape["num_layers"]
 
 
-def kv_bytes(shape: dict[str, int]) -> float:
-    """Bytes of one token's keys and values in all layers."""
-    return 2.0 * FLOAT_BYTES * shape["num_kv_heads"] * shape["head_dim"] * shape["num_layers"]
+def kv_bytes(shape: dict[str, int], size: int) -> float:
+    """Bytes of one token's keys and values in all layers, of floats of `size` bytes."""
+    return 2.0 * size * shape["num_kv_heads"] * shape["head_dim"] * shape["num_layers"]
 
 
-def weight_bytes(shape: dict[str, int]) -> float:
-    """Bytes of the matrices; the head is the embedding."""
-    return FLOAT_BYTES * sum(matrix_flops(shape)) / 2
+def weight_bytes(shape: dict[str, int], size: int) -> float:
+    """Bytes of the matrices, of floats of `size` bytes; the head is the embedding."""
+    return size * sum(matrix_flops(shape)) / 2
 
 
-def floor_seconds(workload: Workload, shape: dict[str, int], rates: dict[str, float]) -> float:
-    """The shortest time in which a workload can be done; see the module's docstring."""
+def floor_seconds(workload: Workload, shape: dict[str, int], rates: dict[str, float], size: int) -> float:
+    """The shortest time in which a workload of floats of `size` bytes can be done; see the module's docstring."""
     layers, head = matrix_flops(shape)
-    pair, kv = attention_flops(shape), kv_bytes(shape)
+    pair, kv = attention_flops(shape), kv_bytes(shape, size)
 
     def at_least(flops: float, read: float) -> float:
         return max(flops / (rates["gflops"] * 1e9), read / (rates["gb_per_second"] * 1e9))
 
     n, shared, own = workload.requests, workload.shared, workload.own
     pairs = shared * (shared + 1) / 2 + n * (own * shared + own * (own + 1) / 2)
-    total = at_least((shared + n * own) * layers + n * head + pairs * pair, weight_bytes(shape))
+    total = at_least((shared + n * own) * layers + n * head + pairs * pair, weight_bytes(shape, size))
     rows = workload.samples * n
     remaining = workload.samples * (sum(workload.limits) - n)
     slots = min(workload.slots, rows)
@@ -71,7 +72,7 @@ def floor_seconds(workload: Workload, shape: dict[str, int], rates: dict[str, fl
     made = workload.samples * sum(limit * (limit - 1) / 2 for limit in workload.limits) / max(remaining, 1)
     seen = running * (shared + own + made)
     held = shared + running / workload.samples * own + running * made
-    return total + steps * at_least(running * (layers + head) + seen * pair, weight_bytes(shape) + held * kv)
+    return total + steps * at_least(running * (layers + head) + seen * pair, weight_bytes(shape, size) + held * kv)
 
 
 def best_rate(call: Callable[[], Any], work: float) -> float:
@@ -88,13 +89,15 @@ def best_rate(call: Callable[[], Any], work: float) -> float:
 def measure(spec: dict[str, Any]) -> dict[str, Any]:
     """Both rates, each with who gave it and what everyone gave."""
     import jax
+    import jax.numpy as jnp
     import numpy as np
     import torch
 
     torch.set_num_threads(spec["cores"])
     shape = spec["shape"]
     d, f, v = shape["hidden_size"], shape["intermediate_size"], shape["vocab_size"]
-    matmul = jax.jit(lambda a, b: a @ b)
+    dtype = spec["dtype"]
+    matmul = jax.jit(functools.partial(jnp.matmul, preferred_element_type=jnp.float32))
     products: dict[str, float] = {}
     for rows in (16, 64, 512, 1024):
         for inner, outer in ((d, f), (f, d), (d, v)):
@@ -104,16 +107,16 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
             left = np.random.default_rng(0).standard_normal((rows, inner), np.float32)
             right = np.random.default_rng(1).standard_normal((inner, outer), np.float32)
             name = f"{rows}x{inner}x{outer}"
-            a, b = jax.device_put(left), jax.device_put(right)
+            a, b = jnp.asarray(left, dtype), jnp.asarray(right, dtype)
             products[f"xla {name}"] = best_rate(lambda a=a, b=b: matmul(a, b).block_until_ready(), work)
-            x, y = torch.from_numpy(left), torch.from_numpy(right)
+            x, y = (torch.from_numpy(part).to(getattr(torch, dtype)) for part in (left, right))
             products[f"torch {name}"] = best_rate(lambda x=x, y=y: torch.mm(x, y), work)
-    size = int(weight_bytes(shape)) // FLOAT_BYTES
-    held = torch.ones(size)
-    table, vector = held[: size // d * d].view(-1, d), torch.ones(d)
-    array = jax.device_put(np.ones(size, np.float32))
+    entries = int(weight_bytes(shape, 4)) // 4
+    held = torch.ones(entries)
+    table, vector = held[: entries // d * d].view(-1, d), torch.ones(d)
+    array = jax.device_put(np.ones(entries, np.float32))
     total = jax.jit(lambda x: x.sum())
-    gigabytes = size * FLOAT_BYTES / 1e9
+    gigabytes = entries * 4 / 1e9
     reads = {
         "torch sum": best_rate(lambda: held.sum(), gigabytes),
         "torch matrix-vector": best_rate(lambda: torch.mv(table, vector), gigabytes),

@@ -30,6 +30,7 @@ TUNIX = Path(os.environ.get("BENCH_TUNIX", Path(sys.prefix) / "tunix"))
 WORKER_SECONDS = 1800
 # Above this share of the processor's work by other processes, a run says that its times can't be trusted.
 MOST_OTHERS = 0.1
+DTYPES = ("float32", "bfloat16")
 VERSIONS = ("jax", "flax", "optax", "numpy", "torch", "transformers")
 
 
@@ -40,6 +41,7 @@ def options(description: str, workloads: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--cores", nargs="+", type=int, default=[1, 2], help="core counts, one after the other")
     parser.add_argument("--repeats", type=int, default=1, help="how often everything is timed; medians count")
     parser.add_argument("--ours-only", action="store_true", help="leave the peers out")
+    parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="what everyone computes in")
     parser.add_argument("--quick", action="store_true", help="smaller workloads")
     given = parser.parse_args()
     have = len(os.sched_getaffinity(0))
@@ -160,10 +162,11 @@ def facts() -> dict[str, Any]:
     }
 
 
-def write_results(name: str, results: dict[str, Any]) -> Path:
-    """Write bench_results/NAME.json."""
+def write_results(results: dict[str, Any]) -> Path:
+    """Write bench_results/BENCHMARK.json, or BENCHMARK-bfloat16.json."""
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
+    suffix = "" if results["dtype"] == DTYPES[0] else f"-{results['dtype']}"
+    path = RESULTS / f"{results['benchmark']}{suffix}.json"
     path.write_text(json.dumps(results, indent=2) + "\n")
     return path
 

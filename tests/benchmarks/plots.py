@@ -55,7 +55,8 @@ def _bars(panel: Any, groups: dict[str, dict[str, float]]) -> None:
 
 
 def _save(figure: Any, results: dict[str, Any], path: Path) -> Path:
-    figure.suptitle(f"{results['benchmark']}, {results['model']} float32, {results['processor']}", fontsize=9)
+    title = ", ".join(str(results[name]) for name in ("benchmark", "model", "dtype", "processor"))
+    figure.suptitle(title, fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -57,7 +57,7 @@ def run(model: Model, workload: Workload, text: np.ndarray, repeats: int) -> dic
 def main(spec: dict[str, Any]) -> dict[str, Any]:
     """Load and run."""
     start = time.perf_counter()
-    model = load_model(spec["model"], make_mesh(MeshConfig()), "float32")
+    model = load_model(spec["model"], make_mesh(MeshConfig()), spec["dtype"])
     loading = time.perf_counter() - start
     text = np.load(spec["text"])
     known = sampling_workloads(spec["quick"])

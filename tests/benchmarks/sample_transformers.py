@@ -73,11 +73,11 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
     torch.manual_seed(0)
     torch.set_num_threads(spec["cores"])
     start = time.perf_counter()
-    model = AutoModelForCausalLM.from_pretrained(spec["folder"], dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(spec["folder"], dtype=getattr(torch, spec["dtype"])).eval()
     loading = time.perf_counter() - start
     reference = np.load(spec["reference"])
     with torch.inference_mode():
-        found = model(torch.from_numpy(reference["tokens"]).long()).logits.numpy()
+        found = model(torch.from_numpy(reference["tokens"]).long()).logits.float().numpy()
     difference = float(np.abs(found - reference["logits"]).max())
     text = np.load(spec["text"])
     known = sampling_workloads(spec["quick"])

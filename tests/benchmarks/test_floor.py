@@ -26,10 +26,10 @@ SHAPE = {
 
 def test_counts_by_hand() -> None:
     assert matrix_flops(SHAPE) == (2 * 1827, 2 * 33)
-    assert weight_bytes(SHAPE) == 4 * (1827 + 33)
+    assert weight_bytes(SHAPE, 4) == 4 * (1827 + 33)
     # Scores and mixing: 2 x 2 x 24 flops a layer. Keys and values: 2 x 12 floats a layer.
     assert attention_flops(SHAPE) == 4 * 24 * 7
-    assert kv_bytes(SHAPE) == 2 * 12 * 4 * 7
+    assert kv_bytes(SHAPE, 4) == 2 * 12 * 4 * 7
 
 
 @pytest.mark.parametrize("bound", ["flops", "bytes"])
@@ -47,7 +47,7 @@ def test_floor_by_hand(bound: str) -> None:
     else:
         # The weights three times; in each step the shared token once, and of each row two own and 1.5 new ones.
         expected = 3 * 7440 + 2 * (1 + 2 * 2 + 2 * 1.5) * 672
-    assert floor_seconds(workload, SHAPE, rates) == pytest.approx(expected)
+    assert floor_seconds(workload, SHAPE, rates, 4) == pytest.approx(expected)
 
 
 def test_samples_of_a_request_share_its_prompt() -> None:
@@ -55,8 +55,8 @@ def test_samples_of_a_request_share_its_prompt() -> None:
     apart = Workload("apart", 8, 0, 50, (4,) * 8, 1, 1.0, 8)
     together = Workload("together", 2, 0, 50, (4,) * 2, 4, 1.0, 8)
     # Three steps in which six prompts of 50 tokens need not be read.
-    saved = floor_seconds(apart, SHAPE, rates) - floor_seconds(together, SHAPE, rates)
-    assert saved == pytest.approx(3 * 6 * 50 * kv_bytes(SHAPE))
+    saved = floor_seconds(apart, SHAPE, rates, 4) - floor_seconds(together, SHAPE, rates, 4)
+    assert saved == pytest.approx(3 * 6 * 50 * kv_bytes(SHAPE, 4))
 
 
 @pytest.mark.parametrize("quick", [False, True])

@@ -59,7 +59,7 @@ def supervised(spec: dict[str, Any]) -> dict[str, Any]:
     """Steps of `make_train_step`, the batch's way to the device and the loss's way back included."""
     size, settings = sizes(spec["quick"]), MeshConfig()
     mesh = make_mesh(settings)
-    model = load_model(spec["model"], mesh, "float32")
+    model = load_model(spec["model"], mesh, spec["dtype"])
     shape = training_shape(model.config, settings, mesh)
     text = np.load(spec["text"])
     if spec["task"] == "sft":
@@ -109,7 +109,7 @@ def overrides(spec: dict[str, Any]) -> list[str]:
         "sample_every": 100,
         "checkpoint_every": 100,
     }
-    return [f"ppo.{name}={value}" for name, value in values.items()]
+    return [f"ppo.{name}={value}" for name, value in values.items()] + [f"compute_dtype={spec['dtype']}"]
 
 
 class Enough(Exception):
@@ -146,7 +146,7 @@ class Clock:
 
 def write_inputs(run: Run, spec: dict[str, Any], prompts: int) -> None:
     """What the stage reads: an SFT model, a reward model with everyone's head, and demonstrations."""
-    sft = load_model(spec["model"], run.mesh, "float32")
+    sft = load_model(spec["model"], run.mesh, spec["dtype"])
     save_model(run.path("sft", "model"), sft)
     # The moments only scale scores; any standard deviation above 0 costs the same.
     reward = dataclasses.replace(sft, params=with_head(sft), kind="reward", reward_mean=0.0, reward_std=HEAD_STDDEV)

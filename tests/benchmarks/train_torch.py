@@ -63,7 +63,13 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(spec["cores"])
     size, task, hidden = sizes(spec["quick"]), spec["task"], spec["shape"]["hidden_size"]
     rows = torch.from_numpy(windows(np.load(spec["text"]), size.rows * (1 if task == "sft" else 2), size.tokens)).long()
-    loss_of = sft_loss if task == "sft" else reward_loss
+    plain = sft_loss if task == "sft" else reward_loss
+
+    def loss_of(model: Any, rows: torch.Tensor) -> torch.Tensor:
+        # Parameters and optimizer stay in float32.
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=spec["dtype"] == "bfloat16"):
+            return plain(model, rows)
+
     model = load(task, spec["folder"], hidden)
     model.train()
     start = {name: tensor.clone() for name, tensor in model.state_dict().items()}

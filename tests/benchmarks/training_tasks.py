@@ -1,7 +1,7 @@
 """The training steps that are compared, and the numbers that every engine is given.
 
 `sft`: cross-entropy on all tokens of 4 rows of 256. `reward`: the pairwise ranking loss of 4 pairs of 256 tokens,
-scores read at the last one. Both: float32, AdamW behind global-norm clipping, the same rows in every step, so that
+scores read at the last one. Both: AdamW behind global-norm clipping, the same rows in every step, so that
 losses can be compared step by step. `ppo`: one whole iteration, 16 prompts of 64 tokens and 64 new ones, ends ignored,
 at temperature 1: rollout, log-probs of policy and reference, values, scores, advantages, then 2 epochs of one update of
 policy and critic, in micro-batches of a quarter.

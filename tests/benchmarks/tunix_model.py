@@ -13,7 +13,7 @@ from tunix.models.llama3.params import create_model_from_safe_tensors
 
 
 def load(spec: dict[str, Any]) -> llama3.Llama3:
-    """The model of the run's folder in float32.
+    """The model of the run's folder in the run's dtype.
 
     Tunix 0.1.7 never hands the config's `rope_theta` to its rotary function, whose default is a million; the default
     is set to ours, without which it would be another model.
@@ -34,7 +34,7 @@ def load(spec: dict[str, Any]) -> llama3.Llama3:
         norm_eps=spec["eps"],
         weight_tying=True,
     )
-    return create_model_from_safe_tensors(spec["folder"], config, make_mesh(), jnp.float32)
+    return create_model_from_safe_tensors(spec["folder"], config, make_mesh(), jnp.dtype(spec["dtype"]))
 
 
 def make_mesh() -> jax.sharding.Mesh:

@@ -23,7 +23,7 @@ def test_gradients_are_those_of_the_plain_product(
     def plain(a: jax.Array, b: jax.Array) -> jax.Array:
         return jax.lax.dot_general(a, b, (ends, ((), ())))
 
-    found, back = jax.vjp(lambda a, b: contract(a, b, contracted), left, right)
+    found, back = jax.vjp(lambda a, b: contract(a, b, contracted, left.dtype), left, right)
     expected, forth = jax.vjp(plain, left, right)
     np.testing.assert_array_equal(np.asarray(found, np.float32), np.asarray(expected, np.float32))
     weights = jax.random.normal(keys[2], expected.shape).astype(dtype)
@@ -33,6 +33,24 @@ def test_gradients_are_those_of_the_plain_product(
         np.testing.assert_allclose(
             np.asarray(ours, np.float32), np.asarray(theirs, np.float32), atol=tolerance, rtol=tolerance
         )
+
+
+@pytest.mark.parametrize("shape", [(6, 9), (9, 4)])
+def test_bfloat16_products_are_accumulated_in_float32_and_rounded_once(shape: tuple[int, int]) -> None:
+    keys = jax.random.split(jax.random.key(3), 3)
+    x = jax.random.normal(keys[0], (2, 5, shape[0])).astype(jnp.bfloat16)
+    kernel = jax.random.normal(keys[1], shape)
+    wide_x, rounded = np.asarray(x, np.float64), np.asarray(kernel.astype(jnp.bfloat16), np.float64)
+    found, back = jax.vjp(lambda a, b: contract(a, b, 1, jnp.float32), x, kernel)
+    np.testing.assert_allclose(found, wide_x @ rounded, rtol=1e-5, atol=1e-5)
+    narrow = contract(x, kernel, 1, x.dtype)
+    np.testing.assert_array_equal(np.asarray(narrow), np.asarray(found.astype(jnp.bfloat16)))
+    slope = jax.random.normal(keys[2], found.shape).astype(jnp.bfloat16)
+    to_x, to_kernel = back(slope.astype(jnp.float32))
+    assert to_x.dtype == jnp.bfloat16 and to_kernel.dtype == jnp.float32
+    # The parameter is float32, so its gradient is not rounded to bfloat16 on the way.
+    expected = np.einsum("btd,bto->do", wide_x, np.asarray(slope, np.float64))
+    np.testing.assert_allclose(to_kernel, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_gradients_of_tied_logits_are_those_of_the_einsum() -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from almost_jax.config import MeshConfig
-from almost_jax.core.llama import LlamaConfig, Params, logical_axes
+from almost_jax.core.llama import LlamaConfig, Params, hidden_states, logical_axes, logits
 from almost_jax.core.losses import token_logprobs
 from almost_jax.core.partitioning import make_mesh, shardings
 from almost_jax.sampling import sampler
@@ -71,6 +71,48 @@ def test_layouts_unroll_and_turn(model: tuple[Params, LlamaConfig]) -> None:
     # To sample, layers are unrolled everywhere; where kernels lie is another device's own business.
     elsewhere, sampling = sampling_layout(params, config, "tpu")
     assert not sampling.scan_layers and not sampling.out_in and "layers_1" in elsewhere
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_sampling_stores_matrices_in_the_compute_dtype(
+    tiny: LlamaConfig, make_params: Any, tied: bool, platform: str
+) -> None:
+    config = dataclasses.replace(tiny, dtype="bfloat16", tie_embeddings=tied)
+    params = make_params(config, 1)
+    stored, sampling = sampling_layout(params, config, platform)
+    kernels = jax.tree.leaves({name: tree for name, tree in stored.items() if name not in ("embedding", "norm")})
+    assert {leaf.dtype.name for leaf in kernels if leaf.ndim > 1} == {"bfloat16"}
+    # A CPU gathers from float32, and gets a head of its own where the embedding is the head.
+    assert stored["embedding"].dtype == ("float32" if platform == "cpu" else "bfloat16")
+    assert sampling.tie_embeddings == (tied and platform != "cpu")
+    tokens = jnp.arange(6, dtype=jnp.int32)[None]
+    found, expected = (
+        logits(tree, shape, hidden_states(tree, shape, tokens)) for tree, shape in ((stored, sampling), (params, config))
+    )
+    # Programs are fused otherwise, so that bfloat16 is rounded elsewhere.
+    np.testing.assert_allclose(found, expected, atol=0.15)
+    assert np.abs(found - expected).mean() < 0.02
+    again, same = sampling_layout(stored, sampling, platform)
+    assert same == sampling and again["embedding"] is stored["embedding"]
+
+
+def test_float32_sampling_shares_the_embedding_with_the_head(tiny: LlamaConfig, make_params: Any) -> None:
+    config = dataclasses.replace(tiny, tie_embeddings=True)
+    stored, sampling = sampling_layout(make_params(config, 1), config, "cpu")
+    assert not sampling.tie_embeddings and stored["lm_head"]["kernel"] is stored["embedding"]
+
+
+def test_05_bfloat16_log_probs_are_the_trainers_but_for_rounding(tiny: LlamaConfig, make_params: Any) -> None:
+    config = dataclasses.replace(tiny, dtype="bfloat16")
+    params = make_params(config, 1)
+    for prefix in ((), PREFIX):
+        requests = ask(config, 2)
+        drawn = draw((params, config), requests, rules(0.7, 9, (5, 17)), prefix_tokens=prefix)
+        for request, one in zip(requests, drawn, strict=True):
+            row = jnp.asarray([[*prefix, *request.prompt, *one.tokens]], jnp.int32)
+            found = np.asarray(logits(params, config, hidden_states(params, config, row))[0])
+            np.testing.assert_allclose(one.logprobs, rescored(found, one.tokens, 0.7), atol=0.1)
 
 
 @pytest.mark.parametrize("scanned", [False, True])
