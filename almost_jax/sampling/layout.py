@@ -31,9 +31,11 @@ def sampling_layout(params: Params, config: LlamaConfig, platform: str) -> tuple
     multiplies few rows by a matrix at up to twice the speed when the contracted dimension lies together and is long
     (LOG.md has figures); a copy of the kernels is what it costs. Other devices choose layouts by themselves.
     """
+    if config.out_in:
+        return params, config
     # A scan that is given a cache and gives one back holds it twice on a TPU (LOG.md).
     params, config = decode_layout(params, config, "cpu")
-    if platform != "cpu" or config.out_in:
+    if platform != "cpu":
         return _stored(params, config), config
     table = params["embedding"]
     if config.tie_embeddings:

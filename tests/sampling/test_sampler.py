@@ -91,7 +91,7 @@ def test_sampling_stores_matrices_in_the_compute_dtype(
     found, expected = (logits(tree, shape, hidden_states(tree, shape, tokens)) for tree, shape in pairs)
     # Programs are fused otherwise, so that bfloat16 is rounded elsewhere.
     np.testing.assert_allclose(found, expected, atol=0.15)
-    assert np.abs(found - expected).mean() < 0.04
+    assert np.abs(found - expected).mean() < 0.02
     again, same = sampling_layout(stored, sampling, platform)
     assert same == sampling and again["embedding"] is stored["embedding"]
 
