@@ -4,6 +4,9 @@ Letters: B batch, T query time, S key time, P shared-prefix time, N query heads,
 size.
 """
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -69,27 +72,116 @@ def attention(
     return jnp.moveaxis(mixed, 1, 2).astype(queries.dtype).reshape(b, t, n, h)
 
 
-def causal_attention(queries: Array, keys: Array, values: Array) -> Array:
-    """Causal attention of long rows that stand alone, a block of queries at a time over the keys that it may see.
+def causal_attention(queries: Array, keys: Array, values: Array, mask: Array | None = None) -> Array:
+    """Causal attention of rows that stand alone, a block of queries at a time over the keys that it may see.
 
-    Half of the products of `attention` under a causal mask, and scores that fit into a processor's cache.
+    Of long rows up to half of the products of `attention` under a causal mask, and scores that fit into a processor's
+    cache. The gradient computes the weights anew from the row's log-sum-exp instead of keeping them (FlashAttention,
+    arXiv 2205.14135), by products in the orders that a CPU has kernels for. A single block is left to `attention`.
 
     Args:
         queries: [B, T, N, H].
         keys: [B, K, H, T].
         values: [B, K, T, H].
+        mask: [B, T, T] bool, a causal one or less than that; None is the causal one.
 
     Returns:
         [B, T, N, H] in the dtype of `queries`.
     """
     length = queries.shape[1]
-    blocks = []
-    for start in range(0, length, QUERY_BLOCK):
-        end = min(start + QUERY_BLOCK, length)
-        mask = jnp.arange(start, end)[:, None] >= jnp.arange(end)[None, :]
-        mask = jnp.broadcast_to(mask[None], (queries.shape[0], *mask.shape))
-        blocks.append(attention(queries[:, start:end], keys[..., :end], values[:, :, :end], mask))
-    return jnp.concatenate(blocks, axis=1)
+    if length > QUERY_BLOCK:
+        return _by_blocks(queries, keys, values, mask)
+    if mask is None:
+        order = jnp.arange(length)
+        mask = jnp.broadcast_to((order[:, None] >= order[None, :])[None], (queries.shape[0], length, length))
+    return attention(queries, keys, values, mask)
+
+
+@jax.custom_vjp
+def _by_blocks(queries: Array, keys: Array, values: Array, mask: Array | None) -> Array:
+    return _causal_forward(queries, keys, values, mask)[0]
+
+
+def _spans(length: int) -> list[tuple[int, int]]:
+    return [(start, min(start + QUERY_BLOCK, length)) for start in range(0, length, QUERY_BLOCK)]
+
+
+def _heads_first(x: Array, kv_heads: int) -> Array:
+    """[B, T, N, H] -> [B, K, T, G, H]."""
+    b, t, n, h = x.shape
+    return jnp.moveaxis(x.reshape(b, t, kv_heads, n // kv_heads, h), 2, 1)
+
+
+def _heads_last(x: Array) -> Array:
+    """[B, K, T, G, H] -> [B, T, N, H]."""
+    b, k, t, g, h = x.shape
+    return jnp.moveaxis(x, 1, 2).reshape(b, t, k * g, h)
+
+
+def _scores(grouped: Array, keys: Array, scale: float, mask: Array | None, start: int) -> Array:
+    """Scaled and masked scores [B, K, T, G, S] of a block of queries that begins at `start`, float32."""
+    length, seen = grouped.shape[2], keys.shape[-1]
+    found = jnp.einsum("bktgh,bkhs->bktgs", grouped, keys, preferred_element_type=jnp.float32)
+    found = found * jnp.float32(scale)
+    if mask is None:
+        visible = (start + jnp.arange(length)[:, None] >= jnp.arange(seen)[None, :])[None, None, :, None]
+    else:
+        visible = mask[:, start : start + length, :seen][:, None, :, None]
+    return jnp.where(visible, found, MASKED)
+
+
+def _causal_forward(queries: Array, keys: Array, values: Array, mask: Array | None) -> tuple[Array, Any]:
+    grouped, scale = _heads_first(queries, keys.shape[1]), queries.shape[-1] ** -0.5
+    outputs, logsumexps = [], []
+    for start, end in _spans(queries.shape[1]):
+        scores = _scores(grouped[:, :, start:end], keys[..., :end], scale, mask, start)
+        peak = scores.max(axis=-1)
+        weights = jnp.exp(scores - peak[..., None])
+        total = weights.sum(axis=-1)
+        mixed = jnp.einsum(
+            "bktgs,bksh->bktgh",
+            weights.astype(values.dtype),
+            values[:, :, :end],
+            preferred_element_type=jnp.float32,
+        )
+        outputs.append(mixed / total[..., None])
+        logsumexps.append(peak + jnp.log(total))
+    output = _heads_last(jnp.concatenate(outputs, axis=2)).astype(queries.dtype)
+    return output, (queries, keys, values, mask, output, jnp.concatenate(logsumexps, axis=2))
+
+
+def _causal_backward(kept: Any, gradient: Array) -> tuple[Array, Array, Array, None]:
+    queries, keys, values, mask, output, logsumexp = kept
+    dtype, kv_heads = queries.dtype, keys.shape[1]
+    scale = queries.shape[-1] ** -0.5
+    einsum = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    grouped, slopes = _heads_first(queries, kv_heads), _heads_first(gradient, kv_heads)
+    means = _heads_first(gradient.astype(jnp.float32) * output.astype(jnp.float32), kv_heads).sum(axis=-1)
+    length = queries.shape[1]
+    to_queries = []
+    # Both with their places last, where a product has the long side of what it is made from.
+    to_keys, to_values = (jnp.zeros(keys.shape, jnp.float32) for _ in range(2))
+    for start, end in _spans(length):
+        q, slope = grouped[:, :, start:end], slopes[:, :, start:end]
+        # Twice the queries by half the scale, the same numbers: else a CPU's compiler sees that these products were
+        # there before, and keeps them (a barrier it drops too early).
+        scores = _scores(2 * q, keys[..., :end], scale / 2, mask, start)
+        weights = jnp.exp(scores - logsumexp[:, :, start:end, :, None])
+        to_weights = einsum("bktgh,bksh->bktgs", slope, values[:, :, :end])
+        to_scores = (weights * (to_weights - means[:, :, start:end, :, None]) * jnp.float32(scale)).astype(dtype)
+        to_queries.append(einsum("bktgs,bkhs->bktgh", to_scores, keys[..., :end]))
+        rest = [(0, 0)] * 3 + [(0, length - end)]
+        to_keys = to_keys + jnp.pad(einsum("bktgh,bktgs->bkhs", q, to_scores), rest)
+        to_values = to_values + jnp.pad(einsum("bktgh,bktgs->bkhs", slope, weights.astype(dtype)), rest)
+    return (
+        _heads_last(jnp.concatenate(to_queries, axis=2)).astype(dtype),
+        to_keys.astype(keys.dtype),
+        jnp.swapaxes(to_values, 2, 3).astype(values.dtype),
+        None,
+    )
+
+
+_by_blocks.defvjp(_causal_forward, _causal_backward)
 
 
 def causal_mask(positions: Array, segment_ids: Array | None = None) -> Array:

@@ -163,11 +163,12 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, positions: Array, mask: Array, starts: Array | None, cache: Any, prefix: Any
+        self, x: Array, positions: Array, mask: Any, starts: Array | None, cache: Any, prefix: Any
     ) -> tuple[Array, Any]:
         """Attend: x [B, T, D] -> [B, T, D], and the layer's keys and values, written at `starts` into the cache.
 
-        `mask` is [B, T, S] bool, or [B, T] segment ids where the attention is splash attention.
+        `mask` is [B, T, S] bool, or [B, T] segment ids where the attention is splash attention; to attention by blocks
+        None says that it is causal and no more.
         """
         c = self.config
         wide, narrow = (c.num_heads, c.head_dim), (c.num_kv_heads, c.head_dim)
@@ -188,7 +189,7 @@ class Attention(nn.Module):
             k = _write(cache[0], k.astype(cache[0].dtype), starts, -1)
             v = _write(cache[1], v.astype(cache[1].dtype), starts, -2)
         if alone and c.attention == "blocks":
-            mixed = causal_attention(q, k, v)
+            mixed = causal_attention(q, k, v, mask)
         elif not (alone and c.attention == "splash"):
             mixed = attention(q, k, v, mask, prefix)
         mixed = constrain(mixed, "batch", "length", "activation_heads", None)
@@ -225,7 +226,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, positions: Array, mask: Array, starts: Array | None, cache: Any, prefix: Any
+        self, x: Array, positions: Array, mask: Any, starts: Array | None, cache: Any, prefix: Any
     ) -> tuple[Array, Any]:
         """Map x [B, T, D] -> [B, T, D], with the layer's keys and values."""
         c = self.config
@@ -274,7 +275,7 @@ class Llama(nn.Module):
         self,
         tokens: Array,
         positions: Array,
-        mask: Array,
+        mask: Any,
         starts: Array | None = None,
         cache: Any = None,
         prefix: Any = None,
@@ -388,6 +389,8 @@ def hidden_states(
         positions = jnp.broadcast_to(offset + jnp.arange(tokens.shape[1])[None, :], tokens.shape)
     if config.attention == "splash" and prefix is None:
         mask = jnp.zeros(tokens.shape, jnp.int32) if segment_ids is None else segment_ids.astype(jnp.int32)
+    elif config.attention == "blocks" and prefix is None and segment_ids is None:
+        mask = None
     else:
         mask = causal_mask(positions, segment_ids)
     where: Any = positions
@@ -465,8 +468,7 @@ def prefill_prefix(params: Params, config: LlamaConfig, tokens: Array) -> Prefix
         config = dataclasses.replace(config, attention="blocks")
     row = tokens[None, :]
     positions = jnp.arange(tokens.shape[0])[None, :]
-    splash = config.attention == "splash"
-    mask = jnp.zeros(row.shape, jnp.int32) if splash else jnp.ones((1, 1, 1), bool)
+    mask = jnp.zeros(row.shape, jnp.int32) if config.attention == "splash" else None
     out: Any = Llama(config).apply({"params": params}, row, positions, mask)
     keys, values = out[1]
     if config.scan_layers:

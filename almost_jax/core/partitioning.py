@@ -82,6 +82,16 @@ def platform() -> str:
     return _lowering_for.get() or jax.default_backend()
 
 
+def training_options() -> dict[str, str]:
+    """Compiler options of programs with gradients, for the platform that is traced for.
+
+    A CPU's compiler puts work where most of it can run at once. What the backward pass computes from the forward one's
+    arrays, transposed copies for instance, then comes early and stands in memory until it is needed: up to half as much
+    again, all of it made anew at every step (LOG.md has figures).
+    """
+    return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"} if platform() == "cpu" else {}
+
+
 @contextlib.contextmanager
 def lowering_for(name: str) -> Iterator[None]:
     """Trace programs for another platform than this process has, to compile them ahead of time."""

@@ -12,6 +12,7 @@ from jax import Array
 from almost_jax.config import OptimizerConfig
 from almost_jax.core.heads import HEAD
 from almost_jax.core.llama import Params
+from almost_jax.core.partitioning import training_options
 
 Batch: TypeAlias = dict[str, Array]
 # params, micro-batch -> (sum of losses, (sum of weights, {metric: (sum, sum of weights)}))
@@ -168,5 +169,6 @@ def make_train_step(
         return new, metrics
 
     if state_shardings is None:
-        return jax.jit(step, donate_argnums=0)
-    return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None))
+        return jax.jit(step, donate_argnums=0, compiler_options=training_options())
+    places = (state_shardings, None)
+    return jax.jit(step, donate_argnums=0, out_shardings=places, compiler_options=training_options())

@@ -47,12 +47,14 @@ def training_shape(config: LlamaConfig, settings: MeshConfig, mesh: Mesh) -> Lla
 
 
 def attention(settings: MeshConfig, alone: bool) -> str:
-    """The attention of a program on the platform that is traced for, "splash" or "plain".
+    """The attention of a program on the platform that is traced for, "splash", "blocks" or "plain".
 
     Args:
         settings: the experiment's mesh section.
         alone: whether every device sees its own rows alone; the compiler can't split the kernel.
     """
+    if settings.attention == "splash" and platform() == "cpu":
+        return "blocks"
     return "splash" if settings.attention == "splash" and platform() == "tpu" and alone else "plain"
 
 

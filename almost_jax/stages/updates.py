@@ -17,7 +17,7 @@ from jax import Array
 from almost_jax.config import PpoConfig
 from almost_jax.core.llama import Params
 from almost_jax.core.losses import LossTerms, length_mask
-from almost_jax.core.partitioning import platform
+from almost_jax.core.partitioning import platform, training_options
 from almost_jax.core.rl import kl_loss, policy_loss, ppo_loss, update_kl_coef, value_loss
 from almost_jax.core.train import (
     Spread,
@@ -91,7 +91,8 @@ def make_update(
             figures["too_far"], sound = (~near).astype(jnp.float32), sound & near
         return unless(sound, new, state) if skips or limit else new, figures
 
-    return jax.jit(update, donate_argnums=0, out_shardings=(state_shardings, None))
+    places = (state_shardings, None)
+    return jax.jit(update, donate_argnums=0, out_shardings=places, compiler_options=training_options())
 
 
 def ppo_loss_sums(params: Params, batch: dict[str, Array], players: Players, ppo: PpoConfig) -> LossTerms:

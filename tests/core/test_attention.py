@@ -68,8 +68,27 @@ def test_blocks_of_queries_equal_the_causal_mask(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(module, "QUERY_BLOCK", 4)
     rng = np.random.default_rng(3)
     q, k, v = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in [(B, 11, N, H), (B, K, H, 11), (B, K, 11, H)])
-    mask = causal_mask(jnp.broadcast_to(jnp.arange(11)[None], (B, 11)))
+    positions = jnp.broadcast_to(jnp.arange(11)[None], (B, 11))
+    mask = causal_mask(positions)
     np.testing.assert_allclose(causal_attention(q, k, v), attention(q, k, v, mask), atol=1e-6)
+    packed = causal_mask(positions, jnp.asarray([[0] * 6 + [1] * 5, [0] * 3 + [1] * 8][:B]))
+    np.testing.assert_allclose(causal_attention(q, k, v, packed), attention(q, k, v, packed), atol=1e-6)
+    assert np.abs(causal_attention(q, k, v, packed) - causal_attention(q, k, v)).max() > 0.1
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("block", [4, 16])
+def test_gradients_of_blocks_are_those_of_the_mask(monkeypatch: pytest.MonkeyPatch, packed: bool, block: int) -> None:
+    monkeypatch.setattr(module, "QUERY_BLOCK", block)
+    rng = np.random.default_rng(4)
+    q, k, v = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in [(B, 11, N, H), (B, K, H, 11), (B, K, 11, H)])
+    positions = jnp.broadcast_to(jnp.arange(11)[None], (B, 11))
+    mask = causal_mask(positions, jnp.asarray([[0] * 6 + [1] * 5, [0] * 3 + [1] * 8][:B]) if packed else None)
+    slope = jnp.asarray(rng.normal(size=q.shape), jnp.float32)
+    found = jax.vjp(lambda *x: causal_attention(*x, mask if packed else None), q, k, v)[1](slope)
+    expected = jax.vjp(lambda *x: attention(*x, mask), q, k, v)[1](slope)
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
 def test_heads_that_do_not_divide_are_refused() -> None:

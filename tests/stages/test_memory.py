@@ -40,7 +40,7 @@ def avals(jaxpr: Any) -> Iterator[Any]:
 
 
 def largest(function: Any, *arguments: Any) -> int:
-    traced = jax.make_jaxpr(function)(*arguments)
+    traced = function.trace(*arguments) if hasattr(function, "trace") else jax.make_jaxpr(function)(*arguments)
     return max(aval.size for aval in avals(traced.jaxpr) if hasattr(aval, "size"))
 
 
