@@ -30,7 +30,7 @@ def attention(
         keys: [B, K, H, S], the row's own, of the queries' dtype or a wider one; N is a multiple of K.
         values: [B, K, S, H], of the keys' dtype.
         mask: [B, T, S] bool, True where a query may see a key.
-        prefix: keys [K, H, P] and values [K, P, H] that every query may see.
+        prefix: keys [K, H, P] and values [K, P, H] that every query may see, of the queries' dtype.
 
     Returns:
         [B, T, N, H] in the dtype of `queries`.
@@ -65,7 +65,7 @@ def attention(
         shared_weights = jnp.exp(shared - jnp.swapaxes(peak, 0, 1)[..., None])
         total = total + jnp.swapaxes(shared_weights.sum(axis=-1), 0, 1)
         shared_mixed = jnp.einsum(
-            "kbtgp,kph->kbtgh", shared_weights.astype(values.dtype), prefix[1], preferred_element_type=jnp.float32
+            "kbtgp,kph->kbtgh", shared_weights.astype(prefix[1].dtype), prefix[1], preferred_element_type=jnp.float32
         )
         mixed = mixed + jnp.swapaxes(shared_mixed, 0, 1)
     mixed = mixed / total[..., None]
@@ -83,7 +83,7 @@ def causal_attention(queries: Array, keys: Array, values: Array, mask: Array | N
         queries: [B, T, N, H].
         keys: [B, K, H, T].
         values: [B, K, T, H].
-        mask: [B, T, T] bool, a causal one or less than that; None is the causal one.
+        mask: [B, T, T] bool, the causal one or less than that, in which every query sees itself; None: the causal one.
 
     Returns:
         [B, T, N, H] in the dtype of `queries`.

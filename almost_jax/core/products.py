@@ -5,7 +5,7 @@ into a strided copy of the activations, with all that they are computed from mov
 order there is nothing to copy (LOG.md has figures). Other devices choose layouts by themselves.
 
 Products of bfloat16 are accumulated in float32 and asked for in float32, then rounded once: asked for in bfloat16, a
-CPU converts both operands to float32 first and leaves its matrix unit alone, which costs up to ten times the time.
+CPU converts both operands to float32 first and leaves its matrix unit alone (LOG.md has figures).
 """
 
 import functools
@@ -43,7 +43,8 @@ def _backward(contracted: int, _: Any, kept: tuple[Array, Array], gradient: Arra
     outputs = kernel.ndim - contracted
     last = tuple(range(gradient.ndim - outputs, gradient.ndim)), tuple(range(contracted, kernel.ndim))
     to_x = accumulate(gradient, kernel.astype(x.dtype), last)
-    # One of the two must lie with its columns together after all: the one with fewer of them.
+    # One of the two must lie with its columns together after all: the one with fewer of them. In bfloat16 not by a
+    # turned product: the compiler makes one of it whose operands both are turned, for which it has no kernel.
     if x.dtype != jnp.float32 or math.prod(kernel.shape[:contracted]) <= math.prod(kernel.shape[contracted:]):
         to_kernel = accumulate(x, gradient, (rows, rows))
     else:

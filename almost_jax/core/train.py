@@ -149,7 +149,7 @@ def make_train_step(
     spread: Spread | None = None,
     skip_non_finite: bool = False,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
-    """A jitted step (state, batch) -> (state, metrics); the state's memory is donated.
+    """A jitted step (state, batch) -> (state, metrics); the state's memory is donated. Not for use inside another jit.
 
     Metrics are float32 scalars: those of `accumulate_gradients` and `grad_norm`, before clipping. With
     `state_shardings`, a tree like the state's, the new state lies as the old one did; else the compiler may spell its

@@ -29,28 +29,23 @@ def sampling_layout(params: Params, config: LlamaConfig, platform: str) -> tuple
 
     Matrices are stored in the compute dtype, so that no step reads or converts more than it multiplies by. A CPU
     multiplies few rows by a matrix at up to twice the speed when the contracted dimension lies together and is long
-    (LOG.md has figures); a copy of the kernels is what it costs. Other devices choose layouts by themselves.
+    (LOG.md has figures); a copy of the kernels is what it costs, and a tied head becomes a kernel too (`lm_head`, the
+    config no longer tied). Its embedding is float32. Other devices choose layouts by themselves.
     """
     if config.out_in:
         return params, config
+    if params["embedding"].dtype != config.dtype:
+        params = _cast(params, config.dtype)
     # A scan that is given a cache and gives one back holds it twice on a TPU (LOG.md).
     params, config = decode_layout(params, config, "cpu")
     if platform != "cpu":
-        return _stored(params, config), config
+        return params, config
     table = params["embedding"]
-    if config.tie_embeddings:
-        # As a kernel of its own, which is multiplied like the others.
-        config = dataclasses.replace(config, tie_embeddings=False)
-        params = {**_turned(_stored(params, config), config), "lm_head": {"kernel": table.astype(config.dtype)}}
-    else:
-        params = _turned(_stored(params, config), config)
+    head = {"lm_head": {"kernel": table}} if config.tie_embeddings else {}
     # Looked up in float32: a CPU gathers floats of two bytes by converting the whole table first.
-    return {**params, "embedding": table.astype("float32")}, dataclasses.replace(config, out_in=True)
-
-
-def _stored(params: Params, config: LlamaConfig) -> Params:
-    """The tree with its matrices in the compute dtype; itself where they are."""
-    return params if params["embedding"].dtype == config.dtype else _cast(params, config.dtype)
+    lookup = {"embedding": table.astype("float32")}
+    config = dataclasses.replace(config, tie_embeddings=False)
+    return {**_turned(params, config), **head, **lookup}, dataclasses.replace(config, out_in=True)
 
 
 @functools.partial(jax.jit, static_argnames="config")

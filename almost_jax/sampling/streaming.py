@@ -1,4 +1,7 @@
-"""One prompt continued token by token, for people who read along; the same tokens as the batch sampler draws."""
+"""One prompt continued token by token, for people who read along; the same tokens as the batch sampler draws.
+
+In bfloat16 the two round at different places.
+"""
 
 import functools
 from collections.abc import Iterator, Sequence

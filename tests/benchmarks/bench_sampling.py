@@ -21,8 +21,8 @@ from workloads import Workload, sampling_workloads
 
 # Which workloads each peer runs.
 PEERS = {"transformers": ("shared_prefix", "separate", "best_of_4"), "tunix": ("shared_prefix", "separate")}
-# Logits may differ from ours in float32 by rounding; beyond this it is another model.
-LOGITS_TOLERANCE = {"float32": 1e-3, "bfloat16": 4.0}
+# Logits may differ from ours in float32 by rounding, on average by this; beyond it is another model.
+LOGITS_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.3}
 # What is compared with what, and by how much ours is to lead.
 GOALS = {"shared_prefix": 9.0, "separate": 1.7, "ragged": 1.5, "best_of_4": 3.0}
 

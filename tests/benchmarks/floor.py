@@ -1,8 +1,8 @@
 """The machine's floor: no program with these weights can sample faster than its rates allow.
 
 Two rates are measured, in a process pinned like the engines': matrix products of the model's shapes (the best
-of XLA's and torch's, over prefill-like and decode-like row counts), and reading an array as large as the weights (the
-best of several reductions). Then, with every shared token computed and read once,
+of XLA's and torch's, over prefill-like and decode-like row counts), and reading an array as large as the weights in
+float32 (the best of several reductions). Then, with every shared token computed and read once,
 
     floor = T(prefill) + sum over decode steps of T(step),    T = max(flops / matrix rate, bytes / read rate)
 

@@ -78,7 +78,7 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
     reference = np.load(spec["reference"])
     with torch.inference_mode():
         found = model(torch.from_numpy(reference["tokens"]).long()).logits.float().numpy()
-    difference = float(np.abs(found - reference["logits"]).max())
+    difference = float(np.abs(found - reference["logits"]).mean())
     text = np.load(spec["text"])
     known = sampling_workloads(spec["quick"])
     return {

@@ -50,11 +50,11 @@ def causal(batch: int, length: int) -> tuple[jax.Array, jax.Array]:
 
 
 def logits_difference(model: llama3.Llama3, reference: str) -> float:
-    """The largest difference between its logits and ours."""
+    """The mean absolute difference between its logits and ours."""
     ours = np.load(reference)
     tokens = jnp.asarray(ours["tokens"])
     found, _ = nnx.jit(lambda model, tokens: model(tokens, *_context(tokens)))(model, tokens)
-    return float(np.abs(np.asarray(found) - ours["logits"]).max())
+    return float(np.abs(np.asarray(found, np.float32) - ours["logits"]).mean())
 
 
 def _context(tokens: jax.Array) -> tuple[jax.Array, None, jax.Array]:

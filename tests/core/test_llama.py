@@ -260,6 +260,38 @@ def test_bfloat16_computes_in_bfloat16_and_returns_float32_logits(
     assert 0 < jnp.abs(found - close).max() < 0.5
 
 
+@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("remat", [True, False])
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_training_by_blocks_is_training_under_the_mask(
+    tiny: LlamaConfig, make_params: MakeParams, monkeypatch: pytest.MonkeyPatch,
+    scan: bool, remat: bool, packed: bool, dtype: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("almost_jax.core.attention.QUERY_BLOCK", 4)
+    config = dataclasses.replace(tiny, scan_layers=scan, remat=remat, dtype=dtype)
+    params = make_params(config, 6)
+    rng = np.random.default_rng(6)
+    tokens = jnp.asarray(rng.integers(0, tiny.vocab_size, (2, 11)), jnp.int32)
+    weights = jnp.asarray(rng.normal(size=(2, 11, tiny.vocab_size)), jnp.float32)
+    segments = jnp.asarray([[0] * 6 + [1] * 5, [0] * 3 + [1] * 8]) if packed else None
+    positions = jnp.asarray([[*range(6), *range(5)], [*range(3), *range(8)]]) if packed else None
+
+    def loss(params: Params, attention: str) -> jax.Array:
+        shape = dataclasses.replace(config, attention=attention)
+        hidden = hidden_states(params, shape, tokens, positions=positions, segment_ids=segments)
+        return (logits(params, shape, hidden) * weights).mean()
+
+    (blocks, ours), (plain, theirs) = (
+        jax.jit(jax.value_and_grad(loss), static_argnums=1)(params, name) for name in ("blocks", "plain")
+    )
+    tolerance = 1e-5 if dtype == "float32" else 2e-2
+    np.testing.assert_allclose(blocks, plain, atol=tolerance)
+    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert one.dtype == jnp.float32
+        np.testing.assert_allclose(one, other, atol=tolerance * max(1.0, float(jnp.abs(other).max())))
+
+
 def test_every_layer_is_initialised_differently(tiny: LlamaConfig) -> None:
     kernel = np.asarray(llama.init_params(tiny, jax.random.key(0))["layers"]["mlp"]["gate"]["kernel"])
     assert np.abs(kernel[0] - kernel[1]).max() > 0.1

@@ -102,7 +102,7 @@ def test_float32_sampling_shares_the_embedding_with_the_head(tiny: LlamaConfig, 
     assert not sampling.tie_embeddings and stored["lm_head"]["kernel"] is stored["embedding"]
 
 
-def test_05_bfloat16_log_probs_are_the_trainers_but_for_rounding(tiny: LlamaConfig, make_params: Any) -> None:
+def test_07_bfloat16_log_probs_are_the_trainers_but_for_rounding(tiny: LlamaConfig, make_params: Any) -> None:
     config = dataclasses.replace(tiny, dtype="bfloat16")
     params = make_params(config, 1)
     for prefix in ((), PREFIX):

@@ -116,11 +116,15 @@ def test_no_program_holds_logits_of_batch_x_length_x_vocabulary(program: Any, ti
     assert program(dataclasses.replace(whole, vocab_chunk=100)) < B * G * 1009 // 3
 
 
-def test_the_head_is_in_one_piece_on_a_cpu_unless_asked() -> None:
+def test_a_cpu_has_the_head_in_one_piece_and_attention_in_blocks_unless_asked() -> None:
     asked = MeshConfig(vocab_chunk_cpu=11, vocab_chunk=77)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     assert head_chunk(MeshConfig()) == 0
     assert training_shape(SHAPE, asked, mesh).vocab_chunk == 11
+    # No more is kept of a long row's attention than it must be; a TPU has its kernel.
+    assert training_shape(SHAPE, asked, mesh).attention == "blocks"
+    assert training_shape(SHAPE, asked.model_copy(update={"attention": "plain"}), mesh).attention == "plain"
     with lowering_for("tpu"):
+        assert training_shape(SHAPE, asked, mesh).attention == "splash"
         assert head_chunk(MeshConfig()) == 8192
         assert training_shape(SHAPE, asked, mesh).vocab_chunk == 77
