@@ -260,10 +260,11 @@ def test_bfloat16_computes_in_bfloat16_and_returns_float32_logits(
     assert 0 < jnp.abs(found - close).max() < 0.5
 
 
-@pytest.mark.parametrize("scan", [True, False])
-@pytest.mark.parametrize("remat", [True, False])
-@pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("scan", "remat", "packed", "dtype"),
+    [(True, True, True, "float32"), (False, False, False, "float32"), (True, False, False, "bfloat16"),
+     (False, False, True, "bfloat16")],
+)  # fmt: skip
 def test_training_by_blocks_is_training_under_the_mask(
     tiny: LlamaConfig, make_params: MakeParams, monkeypatch: pytest.MonkeyPatch,
     scan: bool, remat: bool, packed: bool, dtype: str,
