@@ -38,14 +38,14 @@ def attention(
     Raises:
         ValueError: N is not a multiple of K.
     """
-    b, t, n, h = queries.shape
+    n, h = queries.shape[2:]
     k = keys.shape[1]
     if n % k:
         raise ValueError(f"{n} query heads can't be shared by {k} key/value heads: one must divide the other")
     scale = jnp.float32(h**-0.5)
     # Heads first, as the cache has them, so that nothing long is transposed. Keys with their places last take a CPU
     # half the time of keys with H last.
-    grouped = jnp.moveaxis(queries.reshape(b, t, k, n // k, h), 2, 1)
+    grouped = _heads_first(queries, k)
 
     own = jnp.einsum("bktgh,bkhs->bktgs", grouped.astype(keys.dtype), keys, preferred_element_type=jnp.float32) * scale
     own = jnp.where(mask[:, None, :, None], own, MASKED)
@@ -69,7 +69,7 @@ def attention(
         )
         mixed = mixed + jnp.swapaxes(shared_mixed, 0, 1)
     mixed = mixed / total[..., None]
-    return jnp.moveaxis(mixed, 1, 2).astype(queries.dtype).reshape(b, t, n, h)
+    return _heads_last(mixed.astype(queries.dtype))
 
 
 def causal_attention(queries: Array, keys: Array, values: Array, mask: Array | None = None) -> Array:
@@ -88,12 +88,10 @@ def causal_attention(queries: Array, keys: Array, values: Array, mask: Array | N
     Returns:
         [B, T, N, H] in the dtype of `queries`.
     """
-    length = queries.shape[1]
-    if length > QUERY_BLOCK:
+    if queries.shape[1] > QUERY_BLOCK:
         return _by_blocks(queries, keys, values, mask)
     if mask is None:
-        order = jnp.arange(length)
-        mask = jnp.broadcast_to((order[:, None] >= order[None, :])[None], (queries.shape[0], length, length))
+        mask = causal_mask(jnp.zeros(queries.shape[:2], jnp.int32))
     return attention(queries, keys, values, mask)
 
 

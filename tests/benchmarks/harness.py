@@ -162,6 +162,12 @@ def facts() -> dict[str, Any]:
     }
 
 
+def logits_differences(found: Any, reference: Any) -> dict[str, float]:
+    """The largest and the mean absolute difference between an engine's logits and ours in float32, two arrays."""
+    difference = abs(found - reference)
+    return {"logits_difference": float(difference.max()), "mean_logits_difference": float(difference.mean())}
+
+
 def write_results(results: dict[str, Any]) -> Path:
     """Write bench_results/BENCHMARK.json, or BENCHMARK-bfloat16.json."""
     RESULTS.mkdir(exist_ok=True)

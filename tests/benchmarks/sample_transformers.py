@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import serve, timed
+from harness import logits_differences, serve, timed
 from transformers import AutoModelForCausalLM
 from workloads import Workload, sampling_workloads, whole_prompts
 
@@ -78,12 +78,12 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
     reference = np.load(spec["reference"])
     with torch.inference_mode():
         found = model(torch.from_numpy(reference["tokens"]).long()).logits.float().numpy()
-    difference = float(np.abs(found - reference["logits"]).mean())
+    differences = logits_differences(found, reference["logits"])
     text = np.load(spec["text"])
     known = sampling_workloads(spec["quick"])
     return {
         "loading_seconds": loading,
-        "logits_difference": difference,
+        **differences,
         "workloads": {name: run(model, known[name], text, spec["repeats"]) for name in spec["workloads"]},
     }
 

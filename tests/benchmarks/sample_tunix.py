@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from harness import serve, warmed
 from tunix.generate.sampler import CacheConfig, Sampler
-from tunix_model import Identifiers, load, logits_difference, spare_token
+from tunix_model import Identifiers, compare_logits, load, spare_token
 from workloads import Workload, sampling_workloads, whole_prompts
 
 # No token has this id: rows run to their limit, as the workload asks.
@@ -49,7 +49,7 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
     known = sampling_workloads(spec["quick"])
     return {
         "loading_seconds": loading,
-        "logits_difference": logits_difference(model, spec["reference"]),
+        **compare_logits(model, spec["reference"]),
         "workloads": {name: run(model, known[name], text, spec["repeats"]) for name in spec["workloads"]},
     }
 

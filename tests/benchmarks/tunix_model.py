@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from harness import logits_differences
 from training_tasks import head
 from tunix.models.llama3 import model as llama3
 from tunix.models.llama3.params import create_model_from_safe_tensors
@@ -49,12 +50,12 @@ def causal(batch: int, length: int) -> tuple[jax.Array, jax.Array]:
     return positions, mask
 
 
-def logits_difference(model: llama3.Llama3, reference: str) -> float:
-    """The mean absolute difference between its logits and ours."""
+def compare_logits(model: llama3.Llama3, reference: str) -> dict[str, float]:
+    """Its logits against ours, see `harness.logits_differences`."""
     ours = np.load(reference)
     tokens = jnp.asarray(ours["tokens"])
     found, _ = nnx.jit(lambda model, tokens: model(tokens, *_context(tokens)))(model, tokens)
-    return float(np.abs(np.asarray(found, np.float32) - ours["logits"]).mean())
+    return logits_differences(np.asarray(found, np.float32), ours["logits"])
 
 
 def _context(tokens: jax.Array) -> tuple[jax.Array, None, jax.Array]:

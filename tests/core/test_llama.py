@@ -11,6 +11,7 @@ import pytest
 
 from almost_jax.core import llama, rotary
 from almost_jax.core.llama import LlamaConfig, Params, RMSNorm
+from almost_jax.core.partitioning import lowering_for
 from almost_jax.core.rotary import RopeConfig
 
 MakeParams = Callable[[LlamaConfig, int], Params]
@@ -255,6 +256,8 @@ def test_bfloat16_computes_in_bfloat16_and_returns_float32_logits(
     assert np.any(np.asarray(found) != np.asarray(found.astype(jnp.bfloat16), np.float32)), "logits were rounded"
     # A CPU, where this runs, can't update a cache of bfloat16 in place.
     assert llama.empty_cache(config, 2, 3).keys.dtype == jnp.float32
+    with lowering_for("tpu"):
+        assert jax.eval_shape(lambda: llama.empty_cache(config, 2, 3)).keys.dtype == jnp.bfloat16
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
     close = full_logits(params, tiny, tokens)
     assert 0 < jnp.abs(found - close).max() < 0.5
