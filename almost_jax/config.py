@@ -97,7 +97,7 @@ class MeshConfig(Section):
     sampling: SamplingMeshConfig | None = None
     explicit: Flag = False
     gradient_dtype: Literal["float32", "bfloat16"] = "float32"
-    remat: Flag = False
+    remat: Literal["none", "dots", "full"] = "none"
     attention: Literal["plain", "splash"] = "splash"
     vocab_chunk: NonNegativeInt = 8192
     vocab_chunk_cpu: NonNegativeInt = 0
@@ -333,7 +333,7 @@ class AsIsRewardConfig(Section):
     """
 
     model: Text = "small"
-    votes: Text = "microworld"
+    votes: Text = "none"
     pairs: PositiveInt = 20000
     held_out: NonNegativeInt = 500
     training: TrainingConfig = TrainingConfig()
@@ -542,6 +542,21 @@ class PpoConfig(Section):
             raise wrong("sampling.temperature", "rollouts must be sampled; a temperature of 0 is greedy")
         if self.sampling.trim_unfinished:
             raise wrong("sampling.trim_unfinished", "rollouts are learned from as they are; only prompts may trim")
+        if self.sampling.top_p < 1 or self.sampling.top_k:
+            raise wrong(
+                "sampling.top_p" if self.sampling.top_p < 1 else "sampling.top_k",
+                "rollouts are drawn from the whole distribution, whose log-probs PPO learns from; leave both off",
+            )
+        if self.critic_warmup_steps >= self.steps:
+            raise wrong(
+                "critic_warmup_steps", f"{self.critic_warmup_steps} of {self.steps} steps leave none for the policy"
+            )
+        if self.early_stop_kl and self.overlap_rollouts:
+            raise wrong(
+                "early_stop_kl",
+                "with overlap_rollouts a step begins where the last one's updates ended, beyond the limit already; "
+                "use one of the two",
+            )
         if self.kl_controller == "adaptive" and self.kl_coef == 0:
             raise wrong("kl_coef", "an adaptive coefficient is multiplied step by step, so 0 stays 0; start above it")
         if 0 < self.dual_clip <= 1:
@@ -573,9 +588,9 @@ class VicunaConfig(Section):
     """Answers to open questions before a judge, each policy against one other.
 
     `questions` is a jsonl file of question_id and text or turns; `against` one of the run's policies (vanilla,
-    sft_self_play, sft, rlsf) or a jsonl file of answers. `judge` is `reward_model`, the run's own, or a model's name at
-    an OpenAI-compatible endpoint: then the keys from `url` on say how it is asked and what a run may spend. `prompt` is
-    how the vanilla model is asked: `NAME:K`, K demonstrations of NAME, or `plain`.
+    sft_self_play, sft, dpo, rlsf) or a jsonl file of answers. `judge` is `reward_model`, the run's own, or a model's
+    name at an OpenAI-compatible endpoint: then the keys from `url` on say how it is asked and what a run may spend.
+    `prompt` is how the vanilla model is asked: `NAME:K`, K demonstrations of NAME, or `plain`.
     """
 
     questions: Text
@@ -656,6 +671,12 @@ class ExperimentConfig(Section):
                 )
         if self.evaluation.gold and self.queries.source != "microworld":
             raise wrong("evaluation.gold", "only the micro-world has a gold score; set queries.source to microworld")
+        if self.as_is_reward.votes == "microworld" and self.queries.source != "microworld":
+            raise wrong("as_is_reward.votes", "the micro-world's votes are in its own language; give others, or none")
+        if self.over_optimisation is not None and self.ppo.critic_warmup_steps >= self.over_optimisation.steps:
+            raise wrong(
+                "over_optimisation.steps", f"ppo.critic_warmup_steps {self.ppo.critic_warmup_steps} leave none of them"
+            )
         if self.evaluation.gold and self.evaluation.questions is not None:
             raise wrong("evaluation.questions", "the gold score has its own questions; give these or evaluation.gold")
         if self.filters.as_is and self.as_is_reward.votes == "none":

@@ -37,8 +37,10 @@ NEUTRAL = (
         for key in ("concurrency", "timeout", "attempts", "pause", "max_requests", "max_tokens", "key_variable")
     ),
 )
-# Files up to this size are told apart by their content, larger ones by size and time of change.
+# Files up to this size are told apart by their content, larger ones by their size and this many blocks spread over
+# them: other weights differ everywhere, and a copy is no change, whenever it was made.
 HASHED_BYTES = 64 * 2**20
+BLOCKS, BLOCK_BYTES = 256, 2**16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,6 +129,8 @@ def model_path(name: str, source: str) -> Path:
     if not folder.is_dir():
         known = sorted(path.name for path in folder.parent.glob("*") if path.is_dir()) if shipped != source else []
         hint = f"; shipped are {', '.join(known)}" if known else ""
+        if shipped == source and source.count("/") == 1:
+            hint = f"; if it is a model of the hub: almost-jax import {source} FOLDER, and name that folder"
         raise InputError(f"models.{name}: {source!r}: there is no folder {folder}{hint}")
     return folder
 
@@ -192,10 +196,14 @@ def _digest(path: Path) -> str:
     digest = hashlib.sha256()
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         if file.is_file():
-            stat = file.stat()
+            size = file.stat().st_size
             digest.update(str(file.relative_to(path.parent)).encode())
-            if stat.st_size <= HASHED_BYTES:
+            if size <= HASHED_BYTES:
                 digest.update(hashlib.sha256(file.read_bytes()).digest())
-            else:
-                digest.update(f"{stat.st_size} {stat.st_mtime_ns}".encode())
+                continue
+            digest.update(str(size).encode())
+            with file.open("rb") as opened:
+                for block in range(BLOCKS):
+                    opened.seek((size - BLOCK_BYTES) * block // (BLOCKS - 1))
+                    digest.update(opened.read(BLOCK_BYTES))
     return digest.hexdigest()[:12]

@@ -43,6 +43,7 @@ from almost_jax.folder import (
 )
 from almost_jax.inputs import Values, all_values, check_inputs, differences, values_of
 from almost_jax.io.distributed import from_primary
+from almost_jax.io.models import is_complete
 from almost_jax.io.preemption import stops_on_sigterm
 from almost_jax.io.records import write_bytes
 from almost_jax.io.run import Run
@@ -73,6 +74,8 @@ class Stage:
 
 # The sections of `evaluation` that the stage `benchmarks` reads.
 BENCHMARKS = ("hhh", "truthfulqa", "vicuna")
+# Outputs that are folders of training, with a model in each.
+TRAINED = ("as_is_reward", "reward", "sft", "sft_self_play", "dpo", "rlsf", "over_optimisation")
 # The one key of the mesh that changes more than the last bits of a result.
 _SUMS = "mesh.gradient_dtype"
 
@@ -164,7 +167,7 @@ STAGES: tuple[Stage, ...] = (
         "benchmarks",
         benchmark_stage.run_stage,
         (*(f"evaluation.{key}" for key in BENCHMARKS), "evaluation.bootstrap_samples", "sft.model"),
-        ("as_is_reward", "reward", "reward_ablation", "sft", "rlsf"),
+        ("as_is_reward", "reward", "reward_ablation", "sft", "dpo", "rlsf"),
         tuple(f"evaluation/{name}{end}" for name in BENCHMARKS for end in ("", ".json")),
     ),
     Stage(
@@ -387,6 +390,12 @@ def _compare(stage: Stage, fingerprint: Fingerprint, directory: Path, status: St
     if entry["state"] != "done":
         return "resume", ""
     missing = [output for output in entry["outputs"] if not (directory / output).exists()]
+    # A folder may be there and not all that was in it, on a machine to which a run was copied.
+    missing += [
+        f"{output}/model"
+        for output in entry["outputs"]
+        if output in TRAINED and not is_complete(directory / output / "model")
+    ]
     return ("resume", f"{missing[0]} is missing") if missing else ("skip", "")
 
 

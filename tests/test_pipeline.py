@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -49,7 +50,10 @@ class Bench:
                 if output.endswith((".jsonl", ".md", ".html")):
                     run.path(output).write_text(f"{stage.name} {run.config.seed} {run.config.ppo.kl_coef}")
                 else:
-                    run.path(output, "model").mkdir(parents=True, exist_ok=True)
+                    run.path(output, "model", "params").mkdir(parents=True, exist_ok=True)
+                    run.path(output, "model", "model.json").write_text("{}")
+                    run.path(output, "model", "params", "files.json").write_text('{"data": [3, "digest"]}')
+                    run.path(output, "model", "params", "data").write_text("abc")
                     run.path(output, "model", "weights").write_text(f"{run.config.seed} {run.config.ppo.kl_coef}")
             return {"outputs": len(stage.outputs)}
 
@@ -342,6 +346,23 @@ def test_another_model_behind_a_name_is_noticed(bench: Bench, tmp_path: Path) ->
     assert "responses: stale: content of models.medium: " in bench.lines
 
 
+def test_a_large_model_is_told_from_another_by_its_content_and_not_by_its_date(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inputs, "HASHED_BYTES", 1000)
+    monkeypatch.setattr(inputs, "BLOCK_BYTES", 16)
+    weights = tmp_path / "medium" / "weights"
+    data = bytearray(range(256)) * 64
+    weights.write_bytes(data)
+    bench()
+    os.utime(weights, (1, 1))  # as a copy on another machine has it
+    assert bench() == []
+    for place in (0, len(data) - 1):
+        data[place] ^= 1
+        weights.write_bytes(data)
+        assert bench()[0] == "audit"
+
+
 def test_a_changed_file_of_demonstrations_is_noticed(bench: Bench, tmp_path: Path) -> None:
     prompt = tmp_path / "user.yaml"
     turns = "dialogues:\n" + "- turns: [{human: a}, {assistant: b}]\n" * 3
@@ -369,6 +390,13 @@ def test_a_missing_output_is_made_again_and_nothing_else(bench: Bench) -> None:
     (bench.directory / "responses.jsonl").unlink()
     assert bench() == ["responses"]
     assert "responses: resume: responses.jsonl is missing" in bench.lines and bench.files() == before
+    # A folder may be there, and its model in part.
+    for damage in ("params/data", "params/files.json", "model.json"):
+        (bench.directory / "sft" / "model" / damage).write_text("")
+        if damage == "model.json":
+            (bench.directory / "sft" / "model" / damage).unlink()
+        assert bench() == ["sft"]
+        assert "sft: resume: sft/model is missing" in bench.lines and bench.files() == before
 
 
 def test_outputs_that_status_does_not_know_are_set_aside_not_trusted(bench: Bench) -> None:

@@ -2,6 +2,7 @@
 every stage relies on.
 """
 
+import functools
 import importlib.metadata
 import json
 import os
@@ -9,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
@@ -47,13 +48,15 @@ def doctor_command(
         # Asked by another doctor, of a process with more devices: one line of JSON.
         print(json.dumps(asdict(_on_devices(load_model(locate(model), one_device(), "float32")))))
         return
-    failed = 0
+    failed, skipped = 0, 0
     for check in examine(model):
+        skipped += check.outcome == "skipped"
         print(f"{check.outcome:8}{check.name}: {check.seen}", flush=True)
         if check.fix:
             print(f"{'':8}-> {check.fix}", flush=True)
         failed += check.outcome == "FAIL"
-    print(f"{failed} failed" if failed else "all is well")
+    left_out = f", {skipped} skipped" if skipped else ""
+    print(f"{failed} failed{left_out}" if failed else f"all is well{left_out}")
     if failed:
         raise typer.Exit(FAILED)
 
@@ -65,6 +68,9 @@ def examine(source: str) -> Iterator[Check]:
         model = load_model(locate(source), one_device(), "float32")
     except InputError as error:
         yield Check("model", "FAIL", str(error), "give --model a folder, a hub name or a GGUF file of a LLaMA")
+        return
+    except Exception as error:
+        yield _broken("model", error)
         return
     config = model.config
     shape = f"{config.num_layers} layers, {config.hidden_size} wide, {config.vocab_size:,} tokens"
@@ -79,9 +85,9 @@ def examine(source: str) -> Iterator[Check]:
     # A reward model's scalar head is none of the language model's business.
     model = replace(model, params={name: tree for name, tree in model.params.items() if name != HEAD})
     with jax.default_matmul_precision("highest"):
-        for check in invariants.CHECKS.values():
-            yield check(model)
-        yield _devices(model, source)
+        for number, check in invariants.CHECKS.items():
+            yield _guarded(str(number), functools.partial(check, model))
+        yield _guarded("5", functools.partial(_devices, model, source))
 
 
 def environment() -> Iterator[Check]:
@@ -91,7 +97,11 @@ def environment() -> Iterator[Check]:
     enough = sys.version_info >= PYTHON
     fix = "" if enough else f"install Python {'.'.join(map(str, PYTHON))} or newer, and the package anew"
     yield Check("versions", "pass" if enough else "FAIL", f"python {python}, {found}", fix)
-    devices = jax.devices()
+    try:
+        devices = jax.devices()
+    except RuntimeError as error:
+        yield _broken("devices", error)
+        return
     limit = (devices[0].memory_stats() or {}).get("bytes_limit") if devices[0].platform != "cpu" else None
     each = f", {limit / GIB:.1f} GiB each" if limit else ""
     yield Check("devices", "pass", f"{len(devices)} {devices[0].device_kind} ({devices[0].platform}){each}")
@@ -109,6 +119,24 @@ def environment() -> Iterator[Check]:
     free = shutil.disk_usage(Path.cwd()).free
     fix = "" if free >= DISK_WANTED else "make room: a checkpoint holds a model and the optimizer's two moments of it"
     yield Check("disk", "pass" if not fix else "FAIL", f"{free / GIB:.1f} GiB free in {Path.cwd()}", fix)
+
+
+def _guarded(name: str, check: Callable[[], Check]) -> Check:
+    """What a check says, or that it could not be made: the others go on."""
+    try:
+        return check()
+    except Exception as error:
+        return _broken(name, error)
+
+
+def _broken(name: str, error: Exception) -> Check:
+    """A check that ended by an error of a library's."""
+    said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    if "RESOURCE_EXHAUSTED" in said or isinstance(error, MemoryError):
+        fix = "the model in float32 doesn't fit on one device: try a machine with more, or JAX_PLATFORMS=cpu"
+    else:
+        fix = "an error that nobody foresaw: please report it with this line"
+    return Check(name, "FAIL", said, fix)
 
 
 def memory_free() -> int:

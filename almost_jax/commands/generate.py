@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -26,6 +26,7 @@ from almost_jax.commands.places import (
 from almost_jax.config import MeshConfig, SamplingConfig
 from almost_jax.core.partitioning import make_mesh
 from almost_jax.errors import InputError
+from almost_jax.evaluation.benchmarks import model_digest
 from almost_jax.io.models import Model, load_model
 from almost_jax.io.records import (
     Record,
@@ -71,7 +72,11 @@ def generate_command(
     n: Annotated[int, typer.Option("-n", min=1, help="Samples for each prompt.")] = 1,
     max_new_tokens: Annotated[
         int | None,
-        typer.Option(min=1, help=f"{_DEFAULTS.max_new_tokens}, or what the model has room for, when not given."),
+        typer.Option(
+            min=1,
+            help="Where a line has no limit of its own; "
+            f"{_DEFAULTS.max_new_tokens}, or what the model has room for, when not given.",
+        ),
     ] = None,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = _DEFAULTS.temperature,
     top_p: Annotated[float, typer.Option(help="1 is off.")] = _DEFAULTS.top_p,
@@ -133,7 +138,8 @@ def generate_command(
 class Sampling:
     """How every prompt is continued: `n` samples of each, behind `prefix`, ended by `stops` too.
 
-    With `as_room_allows` a prompt without a limit of its own has the rules' or what is left of the model's positions.
+    A prompt without a limit of its own has the rules', or, with `as_room_allows`, no more than is left of the model's
+    positions.
     """
 
     rules: SamplingRules
@@ -144,10 +150,16 @@ class Sampling:
     seed: int
     n: int
 
-    def digest(self, model: Model, prompt: Sequence[int], limit: int | None) -> str:
-        """What must be the same for a sample to be kept; how the engine runs changes nothing."""
-        said = [dataclasses.asdict(self.rules), self.stops, self.prefix, self.seed, model.name, model.config.dtype]
-        said += [model.tokenizer.fingerprint, list(prompt), limit]
+    def digest(self, model: str, prompt: Sequence[int], limit: int) -> str:
+        """What must be the same for a sample to be kept; how the engine runs changes nothing.
+
+        Args:
+            model: the model's own digest.
+            prompt: its tokens.
+            limit: of new tokens.
+        """
+        rules = {**dataclasses.asdict(self.rules), "max_new_tokens": limit}
+        said = [rules, self.stops, self.prefix, self.seed, model, list(prompt)]
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -180,7 +192,7 @@ def generate_file(model: Model, prompts: Sequence[Prompt], out: Path, sampling: 
 
     Samples are written as they finish, and sorted when all are there. Each line has `id`, `sample` (0 to n - 1), `text`
     (before the stop string), `tokens` and `logprobs` (as drawn, stop token included), `finish` ("stop_token",
-    "stop_string" or "length") and `run`, a digest of the settings and the prompt.
+    "stop_string" or "length") and `run`, a digest of the model, the settings and the prompt.
 
     Args:
         model: who writes.
@@ -192,25 +204,32 @@ def generate_file(model: Model, prompts: Sequence[Prompt], out: Path, sampling: 
         InputError: a prompt can't be continued, or what is written already has other prompts or settings.
     """
     tokenizer = model.tokenizer
+    encode: Callable[[str], list[int]]
     if sampling.prefix:
-        prefix, encode = tokenizer.encode_prompt(sampling.prefix), tokenizer.encode_further
+        prefix, encode = tokenizer.encode_prompt(sampling.prefix), tokenizer.encode_behind
     else:
         prefix, encode = [], tokenizer.encode_prompt
     requests: list[Request] = []
     digests: dict[str, str] = {}
+    digest = model_digest(model)
+    most = max([sampling.rules.max_new_tokens, *(prompt.max_new_tokens or 1 for prompt in prompts)])
     for prompt in prompts:
         tokens = tuple(encode(prompt.text))
         limit = _limit(prompt, model.config.max_position_embeddings - len(prefix) - len(tokens), sampling)
         own = [Request(f"{prompt.id}/{sample}", tokens, limit) for sample in range(sampling.n)]
+        try:
+            check_requests(own[:1], model.config, most, len(prefix), ())
+        except InputError as error:
+            raise InputError(f"line {prompt.line} of the prompts: {error}") from error
         requests += own
-        digests.update(dict.fromkeys([one.id for one in own], sampling.digest(model, tokens, limit)))
-    check_requests(requests, model.config, sampling.rules.max_new_tokens, len(prefix), ())
+        digests.update(dict.fromkeys([one.id for one in own], sampling.digest(digest, tokens, limit)))
+    rules = dataclasses.replace(sampling.rules, max_new_tokens=most)
     # Of all samples, not of those that are left, so that a call that goes on runs the same programs.
     slots = max(min(sampling.settings.slots, len(requests)), 1)
     engine = Engine(
-        model.params, model.config, sampling.rules, dataclasses.replace(sampling.settings, slots=slots),
+        model.params, model.config, rules, dataclasses.replace(sampling.settings, slots=slots),
         seed=sampling.seed, prefix_tokens=prefix,
-        stops=StopStrings(sampling.stops, tokenizer.decode_exactly) if sampling.stops else None,
+        stops=StopStrings(sampling.stops, tokenizer.decode_behind) if sampling.stops else None,
     )  # fmt: skip
     with RecordWriter(out, key=lambda record: f"{record['id']}/{record['sample']}") as writer:
         _check_resumed(writer, digests)
@@ -228,7 +247,7 @@ def generate_file(model: Model, prompts: Sequence[Prompt], out: Path, sampling: 
 
 def _record(model: Model, done: Completion, stops: Sequence[str], digest: str) -> Record:
     name, _, sample = done.id.rpartition("/")
-    text = model.tokenizer.decode_exactly(done.content)
+    text = model.tokenizer.decode_behind(done.content)
     if done.finish == "stop_string":
         text = text[: min(place for place in (text.find(stop) for stop in stops) if place >= 0)]
     return {
@@ -242,11 +261,12 @@ def _record(model: Model, done: Completion, stops: Sequence[str], digest: str) -
     }
 
 
-def _limit(prompt: Prompt, room: int, sampling: Sampling) -> int | None:
-    """A prompt's own limit; None for the rules'."""
-    if prompt.max_new_tokens is None and sampling.as_room_allows and 1 <= room < sampling.rules.max_new_tokens:
-        return room
-    return prompt.max_new_tokens
+def _limit(prompt: Prompt, room: int, sampling: Sampling) -> int:
+    """How many tokens a prompt's samples may have, of which the model has `room`."""
+    if prompt.max_new_tokens is not None:
+        return prompt.max_new_tokens
+    usual = sampling.rules.max_new_tokens
+    return room if sampling.as_room_allows and 1 <= room < usual else usual
 
 
 def _check_resumed(writer: RecordWriter, digests: Mapping[str, str]) -> None:

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from almost_jax.core.attention import attention, cache_mask, causal_attention, causal_mask
 from almost_jax.core.gathering import Gather
@@ -28,6 +29,9 @@ from almost_jax.core.splash import splash_attention
 Params: TypeAlias = dict[str, Any]
 
 _TABLE_AXES = ("vocab", "embed")
+# What is kept of a layer for the backward pass: nothing, or the products with its weights, by their name.
+_PRODUCT = "product"
+_REMAT_POLICIES = {"full": None, "dots": jax.checkpoint_policies.save_only_these_names(_PRODUCT)}
 # Up to so many rows a CPU multiplies fastest with the kernel on the left, where its rows are read as they lie.
 _FEW_ROWS = 64
 
@@ -40,7 +44,8 @@ class LlamaConfig:
     parameters and caches are stacked on a leading axis L and the program holds one layer; without, they are tuples
     of trees and the program holds them all (faster to decode on a CPU).
 
-    How a program runs, and not what it computes: `remat` recomputes each layer in the backward pass. `gather` says that
+    How a program runs, and not what it computes: `remat` says what of a layer the
+    backward pass computes anew: "none" of it, all but its products with weights ("dots"), or "full". `gather` says that
     parameters are a device's parts, inside `jax.shard_map` (see `core.gathering`). `attention` is "plain", or, for rows
     that stand alone, "blocks" (see `attention.causal_attention`) or "splash", a TPU's kernel that never holds a T x T
     array. `vocab_chunk` is how many entries of the vocabulary `core.vocabulary` scores at a time, 0 for all. With
@@ -62,7 +67,7 @@ class LlamaConfig:
     initializer_range: float = 0.02
     dtype: str = "float32"
     scan_layers: bool = True
-    remat: bool = False
+    remat: str = "none"
     gather: Gather | None = None
     attention: str = "plain"
     vocab_chunk: int = 0
@@ -152,8 +157,9 @@ class Kernel(nn.Module):
             parameter = self.param("kernel", initializer, self.gather.local_shape(self.shape, self.axes))
             kernel = self.gather.whole(parameter, self.axes, x.dtype)
         if platform() == "cpu" or self.wide:
-            return contract(x, kernel, self.contracted, out)
-        return jax.lax.dot_general(x, kernel.astype(x.dtype), ((last, tuple(range(self.contracted))), ((), ())))
+            return checkpoint_name(contract(x, kernel, self.contracted, out), _PRODUCT)
+        product = jax.lax.dot_general(x, kernel.astype(x.dtype), ((last, tuple(range(self.contracted))), ((), ())))
+        return checkpoint_name(product, _PRODUCT)
 
 
 class Attention(nn.Module):
@@ -253,7 +259,9 @@ class Llama(nn.Module):
             nn.with_logical_partitioning(normal, _TABLE_AXES),
             table if c.gather is None else c.gather.local_shape(table, _TABLE_AXES),
         )
-        block: Any = nn.remat(Block, prevent_cse=not c.scan_layers) if c.remat else Block
+        block: Any = Block
+        if c.remat != "none":
+            block = nn.remat(Block, prevent_cse=not c.scan_layers, policy=_REMAT_POLICIES[c.remat])
         if c.scan_layers:
             scanned = nn.scan(
                 block,
@@ -349,15 +357,28 @@ def cast_matrices(params: Params, dtype: str) -> Params:
 
 def abstract_params(config: LlamaConfig) -> Params:
     """The tree of shapes and dtypes that `init_params` would make, without making it."""
-    params: Params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    params: Params = nn.meta.unbox(_described(config))
     return params
 
 
 def logical_axes(config: LlamaConfig) -> Params:
     """For every parameter the tuple of its logical axis names, in a tree like `init_params`'s."""
-    boxed = jax.eval_shape(lambda: _boxed(config, jax.random.key(0)))
+    boxed = _described(config)
     axes: Params = jax.tree.map(tuple, nn.get_partition_spec(boxed), is_leaf=lambda x: isinstance(x, jax.P))
     return axes
+
+
+def _described(config: LlamaConfig) -> Params:
+    """Every parameter's shape, dtype and axis names."""
+    # What a program computes in, and how, changes no parameter.
+    return _traced(dataclasses.replace(config, dtype="float32", remat="none", attention="plain", vocab_chunk=0))
+
+
+@functools.lru_cache(maxsize=64)
+def _traced(config: LlamaConfig) -> Params:
+    # Flax knows parameters by running the model; a stage asks for them at every model that it loads.
+    boxed: Params = jax.eval_shape(lambda: _boxed(config, jax.random.key(0)))
+    return boxed
 
 
 def hidden_states(

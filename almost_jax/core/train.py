@@ -15,9 +15,9 @@ from almost_jax.core.llama import Params
 from almost_jax.core.partitioning import training_options
 
 Batch: TypeAlias = dict[str, Array]
-# params, micro-batch -> (sum of losses, (sum of weights, {metric: (sum, sum of weights)}))
 # (params, batch) -> (sums, gradients), made to run on every device's own rows.
 Spread: TypeAlias = Callable[[Callable[[Params, Any], Any]], Callable[[Params, Any], Any]]
+# params, micro-batch -> (sum of losses, (sum of weights, {metric: (sum, sum of weights)}))
 LossSums: TypeAlias = Callable[[Params, Batch], tuple[Array, tuple[Array, dict[str, tuple[Array, Array]]]]]
 
 

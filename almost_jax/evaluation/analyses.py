@@ -264,22 +264,30 @@ def ablation_figures(
     return found
 
 
-def beside_rlsf(items: Sequence[Item], queries: Sequence[str], bootstrap: Bootstrap) -> dict[str, Any]:
+def beside_rlsf(
+    items: Sequence[Item],
+    queries: Sequence[str],
+    bootstrap: Bootstrap,
+    measure: str = "gold",
+    rivals: Sequence[str] = RIVALS,
+) -> dict[str, Any]:
     """RLSF beside its rivals on the same pairs and prompts.
 
     Args:
-        items: of the systems `policy/sft`, `policy/rlsf` and those of `RIVALS` that were sampled; where there are
+        items: of the systems `policy/sft`, `policy/rlsf` and those of `rivals` that were sampled; where there are
             several samples of a query, the reward model's choice counts.
         queries: ids of the held-out queries.
         bootstrap: how intervals are drawn.
+        measure: the score by which they are compared.
+        rivals: their names.
 
     Returns:
         "rivals": {name: {"mean", "ci95", "n", "characters"}} with sft and rlsf among them, and "rival_gains": each over
         sft, and rlsf over each, as "better - worse".
     """
-    chosen = {name: _choices(of_system(items, f"policy/{name}")) for name in ("sft", *RIVALS, "rlsf")}
-    sums = {name: clusters(collect(group, "gold"), queries) for name, group in chosen.items() if group}
-    gains = [(name, "sft") for name in sums if name != "sft"] + [("rlsf", name) for name in RIVALS]
+    chosen = {name: _choices(of_system(items, f"policy/{name}")) for name in ("sft", *rivals, "rlsf")}
+    sums = {name: clusters(collect(group, measure), queries) for name, group in chosen.items() if group}
+    gains = [(name, "sft") for name in sums if name != "sft"] + [("rlsf", name) for name in rivals]
     return {
         "rivals": {
             name: {

@@ -6,7 +6,7 @@ template, and `NAME:K` a few-shot prompt of the first K demonstrations of NAME, 
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from almost_jax.config import PromptedModel, SamplingConfig
@@ -15,13 +15,19 @@ from almost_jax.evaluation.benchmarks import model_digest
 from almost_jax.io.distributed import from_primary
 from almost_jax.io.models import Model
 from almost_jax.io.records import Record, RecordWriter, read_records
-from almost_jax.sampling.engine import Request, generate
-from almost_jax.stages.prompting import DialogueRequest, Reply, engine_settings, reply, respond, sampling_rules
+from almost_jax.sampling.engine import Engine, Request, in_order
+from almost_jax.stages.prompting import (
+    GROUP_BATCHES,
+    DialogueRequest,
+    Reply,
+    Responder,
+    engine_settings,
+    reply,
+    sampling_rules,
+)
 from almost_jax.stages.templates import demonstrations_text
 
 PLAIN, CHAT = "plain", "chat"
-# Answers are drawn and written in groups of this many batches; a torn group is drawn again.
-_BATCHES_PER_GROUP = 4
 
 
 def answer(
@@ -54,12 +60,13 @@ def answer(
     if from_primary(path.exists):
         return read_records(path)
     with RecordWriter(path, key=lambda record: json.dumps(record["question_id"])) as writer:
-        size = _BATCHES_PER_GROUP * sampling.batch_size
+        size = GROUP_BATCHES * sampling.batch_size
+        reply_to = _replier(model, asked, prompt, sampling, seed)
         for first in range(0, len(questions), size):
             group = questions[first : first + size]
             if writer.done.issuperset(json.dumps(one["question_id"]) for one in group):
                 continue
-            for one, found in zip(group, _replies(model, group, asked, prompt, sampling, seed), strict=True):
+            for one, found in zip(group, reply_to(group), strict=True):
                 if json.dumps(one["question_id"]) not in writer.done:
                     writer.write(
                         {
@@ -87,26 +94,27 @@ def prompted(asked: str) -> PromptedModel | None:
     return PromptedModel(model="-", demonstrations=name, shots=int(shots))
 
 
-def _replies(
-    model: Model, group: Sequence[Record], asked: str, prompt: str, sampling: SamplingConfig, seed: int
-) -> Iterator[Reply]:
-    ids = [f"answer/{one['question_id']}" for one in group]
-    texts = [str(one["question"]) for one in group]
+def _replier(
+    model: Model, asked: str, prompt: str, sampling: SamplingConfig, seed: int
+) -> Callable[[Sequence[Record]], Iterator[Reply]]:
+    """What gives the replies to a group of questions, in their order."""
     if asked != CHAT:
+        responder = Responder(model, prompt, next_role="assistant", sampling=sampling, seed=seed)
+        return lambda group: responder.respond(
+            [
+                DialogueRequest(f"answer/{one['question_id']}", [{"role": "human", "text": str(one["question"])}])
+                for one in group
+            ]
+        )
+    rules = sampling_rules(sampling, (model.tokenizer.eos_id,))
+    engine = Engine(model.params, model.config, rules, engine_settings(sampling), seed=seed, prefix_tokens=())
+
+    def by_template(group: Sequence[Record]) -> Iterator[Reply]:
+        prompts = [model.tokenizer.encode_chat([{"role": "user", "content": str(one["question"])}]) for one in group]
         requests = [
-            DialogueRequest(name, [{"role": "human", "text": text}]) for name, text in zip(ids, texts, strict=True)
+            Request(f"answer/{one['question_id']}", tuple(tokens)) for one, tokens in zip(group, prompts, strict=True)
         ]
-        yield from respond(model, prompt, requests, next_role="assistant", sampling=sampling, seed=seed)
-        return
-    prompts = [model.tokenizer.encode_chat([{"role": "user", "content": text}]) for text in texts]
-    completions = generate(
-        model.params,
-        model.config,
-        [Request(name, tuple(tokens)) for name, tokens in zip(ids, prompts, strict=True)],
-        sampling_rules(sampling, (model.tokenizer.eos_id,)),
-        engine_settings(sampling),
-        seed=seed,
-        prefix_tokens=(),
-    )
-    for completion in completions:
-        yield reply(model.tokenizer, completion, (), False)
+        for completion in in_order(requests, engine.run(requests)):
+            yield reply(model.tokenizer, completion, (), False)
+
+    return by_template

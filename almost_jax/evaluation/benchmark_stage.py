@@ -31,7 +31,7 @@ from almost_jax.io.run import Run
 from almost_jax.stages.reward import load_reward_model
 
 VANILLA = "vanilla"
-POLICIES = (VANILLA, "sft_self_play", "sft", "rlsf")
+POLICIES = (VANILLA, "sft_self_play", "sft", "dpo", "rlsf")
 REWARDS = ("as_is_reward", "reward", *(f"reward_ablation/{name}" for name in AFTER_FILTERS))
 REWARD_MODEL = "reward_model"
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -22,26 +22,23 @@ from almost_jax.io.models import Model
 from almost_jax.io.records import Record, RecordWriter, read_records, write_records
 from almost_jax.io.run import Run
 from almost_jax.microworld.world import generate_queries
-from almost_jax.sampling.engine import Request, generate
+from almost_jax.sampling.engine import Engine, Request, in_order
 from almost_jax.sampling.scoring import completion_logprobs
 from almost_jax.stages.dialogues import prompt_tokens
 from almost_jax.stages.instructions import load_instructions
 from almost_jax.stages.prompting import (
+    GROUP_BATCHES,
     PROMPT_MULTIPLE,
     DialogueRequest,
     Reply,
+    Responder,
     engine_settings,
     reply,
-    respond,
     sampling_rules,
     stop_tokens,
 )
 from almost_jax.stages.reward import RewardScorer
 from almost_jax.stages.templates import Turn, demonstrations_text
-
-# Responses are sampled, scored and written in groups of this many sampling batches; a resumed evaluation repeats a
-# torn group from its beginning, so that every score is computed in the batch it would have been computed in.
-_BATCHES_PER_GROUP = 4
 
 
 @dataclass(frozen=True)
@@ -78,6 +75,10 @@ class Scorers:
     reward: RewardScorer
     as_is: RewardScorer | None
     truth: Truth | None
+
+
+# A group of (request id, query) -> the replies, and the log-ratio of each where it is taken.
+Answer: TypeAlias = Callable[[Sequence[tuple[str, Record]]], tuple[list[Reply], list[float | None]]]
 
 
 def run_stage(run: Run) -> dict[str, Any]:
@@ -141,8 +142,8 @@ def systems(run: Run, queries: Sequence[Record]) -> list[System]:
     ]
     if config.dpo is not None:
         found.append(trained("policy/dpo", "dpo/model", 1))
-    if settings.gold:
-        # Only what knows the truth can say what choosing by the reward model is worth.
+    if settings.gold or config.as_is_reward.votes != "none":
+        # Only another judge than the reward model can say what choosing by it is worth.
         found.append(trained("policy/sft_best_of_n", "sft/model", settings.best_of))
     # The policies of the curve share a seed, so that what differs between them is less the draw.
     seed, some = run.seed("evaluation/curve"), queries[: settings.curve_queries]
@@ -195,31 +196,30 @@ def score_systems(run: Run, judged: Sequence[System], truth: Truth | None) -> li
 def _missing_items(system: System, scorers: Scorers, done: set[str]) -> Iterator[Item]:
     """Sample and score the responses of a system that aren't in `done`, group by group."""
     requests = _requests(system)
-    size = _BATCHES_PER_GROUP * system.sampling.batch_size
+    size = GROUP_BATCHES * system.sampling.batch_size
     groups = [requests[start : start + size] for start in range(0, len(requests), size)]
     groups = [group for group in groups if any(_key(system.name, request_id) not in done for request_id, _ in group)]
     if not groups:
         return
     model = system.load()
-    reference = system.reference() if system.reference else None
+    if system.reference is None:
+        answer = _plainly(system, model)
+    else:
+        answer = _with_log_ratio(system, model, system.reference())
     for group in groups:
-        for item in _score_group(system, model, reference, scorers, group):
+        for item in _score_group(system, *answer(group), scorers, group):
             if _item_key(item) not in done:
                 yield item
 
 
 def _score_group(
-    system: System, model: Model, reference: Model | None, scorers: Scorers, group: Sequence[tuple[str, Record]]
+    system: System,
+    replies: Sequence[Reply],
+    log_ratios: Sequence[float | None],
+    scorers: Scorers,
+    group: Sequence[tuple[str, Record]],
 ) -> list[Item]:
     queries = [query for _, query in group]
-    if reference is None:
-        requests = [DialogueRequest(request_id, _asked(query)) for request_id, query in group]
-        replies = list(
-            respond(model, system.prompt, requests, next_role="assistant", sampling=system.sampling, seed=system.seed)
-        )
-        log_ratios: list[float | None] = [None] * len(group)
-    else:
-        replies, log_ratios = _with_log_ratio(system, model, reference, group)
     dialogues: list[list[Turn]] = [
         [*_asked(query), {"role": "assistant", "text": answer.text}]
         for query, answer in zip(queries, replies, strict=True)
@@ -244,45 +244,54 @@ def _score_group(
     ]
 
 
-def _with_log_ratio(
-    system: System, model: Model, reference: Model, group: Sequence[tuple[str, Record]]
-) -> tuple[list[Reply], list[float | None]]:
+def _plainly(system: System, model: Model) -> Answer:
+    """Replies of a model, and no log-ratios."""
+    responder = Responder(
+        model, system.prompt, next_role="assistant", sampling=system.sampling, seed=system.seed
+    )
+
+    def answer(group: Sequence[tuple[str, Record]]) -> tuple[list[Reply], list[float | None]]:
+        requests = [DialogueRequest(request_id, _asked(query)) for request_id, query in group]
+        return list(responder.respond(requests)), [None] * len(group)
+
+    return answer
+
+
+def _with_log_ratio(system: System, model: Model, reference: Model) -> Answer:
     """Replies, and the log-ratio to the reference summed over the very tokens that were sampled.
 
     Both sides are scored by the same program at the sampling temperature, so a policy that is the reference gets
     exactly 0; greedy sampling is scored at temperature 1.
     """
     tokenizer, sampling = model.tokenizer, system.sampling
-    prompts = [prompt_tokens(tokenizer, _asked(query)) for _, query in group]
     rules = sampling_rules(sampling, stop_tokens(tokenizer, ()))
-    completions = list(
-        generate(
-            model.params,
-            model.config,
-            [Request(request_id, tuple(prompt)) for (request_id, _), prompt in zip(group, prompts, strict=True)],
-            rules,
-            engine_settings(sampling),
-            seed=system.seed,
-            prefix_tokens=(),
-        )
+    engine = Engine(
+        model.params, model.config, rules, engine_settings(sampling), seed=system.seed, prefix_tokens=()
     )
-    sums = [
-        [
-            float(np.sum(logprobs, dtype=np.float64))
-            for logprobs in completion_logprobs(
-                scored.params,
-                scored.config,
-                prompts,
-                [completion.tokens for completion in completions],
-                temperature=sampling.temperature or 1.0,
-                batch_size=sampling.batch_size,
-                multiple=PROMPT_MULTIPLE,
-            )
+
+    def answer(group: Sequence[tuple[str, Record]]) -> tuple[list[Reply], list[float | None]]:
+        prompts = [prompt_tokens(tokenizer, _asked(query)) for _, query in group]
+        requests = [Request(request_id, tuple(prompt)) for (request_id, _), prompt in zip(group, prompts, strict=True)]
+        completions = list(in_order(requests, engine.run(requests)))
+        sums = [
+            [
+                float(np.sum(logprobs, dtype=np.float64))
+                for logprobs in completion_logprobs(
+                    scored.params,
+                    scored.config,
+                    prompts,
+                    [completion.tokens for completion in completions],
+                    temperature=sampling.temperature or 1.0,
+                    batch_size=sampling.batch_size,
+                    multiple=PROMPT_MULTIPLE,
+                )
+            ]
+            for scored in (model, reference)
         ]
-        for scored in (model, reference)
-    ]
-    replies = [reply(tokenizer, completion, (), False) for completion in completions]
-    return replies, [policy - other for policy, other in zip(*sums, strict=True)]
+        replies = [reply(tokenizer, completion, (), False) for completion in completions]
+        return replies, [policy - other for policy, other in zip(*sums, strict=True)]
+
+    return answer
 
 
 def _requests(system: System) -> list[tuple[str, Record]]:

@@ -14,7 +14,9 @@ import numpy as np
 from almost_jax.evaluation.analyses import (
     CURVES,
     POLICIES,
+    RIVALS,
     Item,
+    beside_rlsf,
     by_length,
     collect,
     compare,
@@ -68,8 +70,8 @@ def analyse(
         "measures": the scores that were taken; "configurations", "policies", "demonstrations": {name: {measure:
         {"mean", "ci95", "n"}, "characters"}} with their gains over the next worse one in "gaps", "steps",
         "demonstration_gains": {"better - worse": {measure: {"difference", "ci95", "significant", "n",
-        "at_equal_length"}}}; "rungs", "best_of_n", "rlsf_curve", "over_optimised_curve",
-        "selected", "by_length", "lengths".
+        "at_equal_length"}}}; "rivals": {measure: as `analyses.beside_rlsf` has them}; "rungs", "best_of_n",
+        "rlsf_curve", "over_optimised_curve", "selected", "by_length", "lengths".
     """
     measures = [field for field in MEASURES if items and all(item[field] is not None for item in items)]
     worst_first = {name: f"configuration/{name}" for name in reversed(configurations)}
@@ -96,6 +98,12 @@ def analyse(
         "demonstration_gains": gains,
         "policies": means,
         "steps": steps,
+        "rivals": {
+            measure: beside_rlsf(groups["policies"], queries, bootstrap, measure, rivals)
+            for measure in measures
+            # The reward model's choice isn't judged by the reward model.
+            for rivals in [RIVALS if measure != "reward" else ("dpo",)]
+        },
         "rlsf_curve": curves["curve"],
         "over_optimised_curve": curves["over_optimised"],
         "selected": {CURVES[name]: selected(curve) for name, curve in curves.items() if curve},

@@ -27,6 +27,8 @@ from almost_jax.io.records import write_bytes
 
 FILES = "files.json"
 TREE, EXTRA = "tree", "extra.json"
+# Orbax gives up on a write that takes longer; a large model on a slow disk may take hours.
+WRITING_SECONDS = 24 * 3600
 
 
 def to_stderr(line: str) -> None:
@@ -105,6 +107,8 @@ def find_damage(folder: Path) -> str | None:
                 return f"{name} isn't what was written"
     except FileNotFoundError:
         return f"{FILES} is missing"
+    except OSError as error:
+        return f"{error.filename or FILES} can't be read: {error.strerror}"
     except (ValueError, TypeError, AttributeError):
         return f"{FILES} can't be read"
     return None
@@ -149,7 +153,8 @@ class Checkpoints:
         temporary = self.directory / f".saving-{step}"
         if jax.process_index() == 0:
             self.directory.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(temporary, ignore_errors=True)
+            # What a killed process was writing takes room.
+            self._remove_unfinished()
             check_room(temporary, sum(leaf.nbytes for leaf in jax.tree.leaves(tree)))
             temporary.mkdir()
         _wait_for_all(f"{temporary} made")
@@ -286,7 +291,9 @@ class _Writing:
     def __init__(self, folder: Path, tree: Any, commit: Callable[[], None]) -> None:
         # On a CPU "a copy on the host" is the array itself, which the next step overwrites.
         own = jax.tree.map(jnp.copy, tree) if jax.default_backend() == "cpu" else tree
-        self._checkpointer = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(use_compression=False))
+        self._checkpointer = ocp.AsyncCheckpointer(
+            ocp.PyTreeCheckpointHandler(use_compression=False), timeout_secs=WRITING_SECONDS
+        )
         self._checkpointer.save(folder, args=ocp.args.PyTreeSave(own))
         self._folder = folder
         self._commit = commit

@@ -21,17 +21,18 @@ from almost_jax.core.llama import LlamaConfig, Params, abstract_params, logical_
 from almost_jax.core.partitioning import shardings
 from almost_jax.core.rotary import RopeConfig
 from almost_jax.errors import InputError
-from almost_jax.io.checkpoints import find_damage, restore_tree, save_tree, seal
+from almost_jax.io.checkpoints import FILES, find_damage, restore_tree, save_tree, seal
 from almost_jax.io.distributed import from_primary, is_primary, wait_for_all
 from almost_jax.io.folders import check_room, whole_folder
 from almost_jax.io.gguf import GGUF, load_gguf_tokenizer, open_gguf
 from almost_jax.io.huggingface import open_llama
 from almost_jax.io.paths import local_path
-from almost_jax.io.tokenizer import Tokenizer, load_tokenizer
+from almost_jax.io.tokenizer import CARD, Tokenizer, load_tokenizer
 from almost_jax.io.weights import Source, check_source, common_dtype, read_params
 
 MICROWORLD = "microworld:"
-CARD = "model.json"
+# Of a model's config: how a program runs it, which is no matter of the model's.
+RUN_FIELDS = ("remat", "gather", "attention", "vocab_chunk", "out_in")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -126,7 +127,7 @@ def save_model(directory: Path, model: Model, beside: Mapping[str, bytes] | None
         "origin": model.name,
         "tokenizer": model.tokenizer.fingerprint,
         "dtype": str(jax.tree.leaves(model.params)[0].dtype),
-        "config": dataclasses.asdict(model.config),
+        "config": {name: value for name, value in dataclasses.asdict(model.config).items() if name not in RUN_FIELDS},
     }
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
     with whole_folder(directory, size) as temporary:
@@ -211,6 +212,17 @@ def _load_ours(folder: Path, source: str, mesh: Mesh, stored: str | None) -> Mod
     return Model(config, params, tokenizer, kind, source, *normalisation, card["score_at_end"])
 
 
+def is_complete(folder: Path) -> bool:
+    """Whether a folder of `save_model` has all of its files, each of its size; `load_model` looks at their content."""
+    try:
+        listed = json.loads((folder / "params" / FILES).read_bytes())
+        return (folder / CARD).is_file() and all(
+            (folder / "params" / name).stat().st_size == size for name, (size, _) in listed.items()
+        )
+    except (OSError, ValueError, TypeError, AttributeError):
+        return False
+
+
 def saved_config(folder: Path) -> LlamaConfig:
     """The shape of a model that `save_model` wrote, from its model.json alone.
 
@@ -224,7 +236,8 @@ def saved_config(folder: Path) -> LlamaConfig:
 def _read_card(path: Path) -> dict[str, Any]:
     try:
         card = json.loads(path.read_bytes())
-        config = LlamaConfig(**{**card["config"], "rope": RopeConfig(**card["config"]["rope"])})
+        shape = {name: value for name, value in card["config"].items() if name not in RUN_FIELDS}
+        config = LlamaConfig(**{**shape, "rope": RopeConfig(**shape["rope"])})
         if card["kind"] not in ("policy", "reward"):
             raise ValueError(f"kind {card['kind']!r}; expected policy or reward")
         numbers = {key: float(card[key]) for key in ("reward_mean", "reward_std")}

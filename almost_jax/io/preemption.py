@@ -77,10 +77,13 @@ def asked_to_stop() -> bool:
 
 
 def stop_between() -> None:
-    """Called where a stage may stop: stops several processes together, unless a loop has promised to save first.
+    """Called where a stage may stop: stops all processes together, unless a loop has promised to save first.
+
+    One process alone too: where the signal came while Python ran a callback that lets no exception through (of the
+    garbage collector, say), what the handler raised is lost.
 
     Raises:
         Preempted: one of them got SIGTERM.
     """
-    if several() and not _Signals.watchers and asked_to_stop():
+    if not _Signals.watchers and asked_to_stop():
         raise Preempted

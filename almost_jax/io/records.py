@@ -8,6 +8,7 @@ Where several processes share a run, process 0 alone writes, and all read from t
 
 import contextlib
 import errno
+import fcntl
 import itertools
 import json
 import os
@@ -259,6 +260,29 @@ class RecordWriter:
 
     def _opened_partial(self, partial: Path) -> set[str]:
         partial.parent.mkdir(parents=True, exist_ok=True)
+        file = partial.open("ab")
+        try:
+            self._lock(file, partial)
+            done, size = self._read_partial(partial)
+            file.truncate(size)
+        except BaseException:
+            file.close()
+            raise
+        self._file = file
+        return done
+
+    def _lock(self, file: IO[bytes], partial: Path) -> None:
+        """Keep other processes from writing the same file, for as long as it is open."""
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise InputError(f"{partial}: another process is writing it; wait for it, or name another file") from error
+        except OSError:
+            # Some file systems know no locks.
+            return
+
+    def _read_partial(self, partial: Path) -> tuple[set[str], int]:
+        """The keys of the whole lines, and the bytes that they take."""
         done: set[str] = set()
         size = 0
         for number, (record, length) in enumerate(_whole_lines(partial), start=1):
@@ -270,9 +294,7 @@ class RecordWriter:
                 raise InputError(f"{partial}, line {number}: key {name!r} stands twice; delete it to start over")
             done.add(name)
             size += length
-        self._file = partial.open("ab")
-        self._file.truncate(size)
-        return done
+        return done, size
 
     def write(self, record: Record) -> None:
         """Append one record; it survives a kill of the process from here on.

@@ -12,6 +12,10 @@ from almost_jax.errors import InputError
 
 # Any of these makes a folder one that AutoTokenizer can read.
 FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+# What describes a model of ours, beside its tokenizer.
+CARD = "model.json"
+# What SentencePiece writes for a space, and a text behind which others begin without one.
+_SPACE, _ANCHOR = "\u2581", "\n"
 
 
 class Tokenizer:
@@ -41,6 +45,7 @@ class Tokenizer:
         self.unk_id: int | None = backend.unk_token_id
         self.pad_id: int = self.eos_id if backend.pad_token_id is None else backend.pad_token_id
         self.fingerprint: str = _fingerprint(backend)
+        self._begins_with_space = _begins_with_space(backend)
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text; a special token's name in it ("</s>") is encoded as the letters it is made of."""
@@ -55,10 +60,26 @@ class Tokenizer:
         ids: list[int] = self._backend.encode(text)
         return ids
 
-    def encode_further(self, text: str) -> list[int]:
-        """The ids of a text that a user wrote to stand behind another one: as `encode_prompt`, but nothing is added."""
-        ids: list[int] = self._backend.encode(text, add_special_tokens=False)
-        return ids
+    def encode_behind(self, text: str, plain: bool = False) -> list[int]:
+        """The ids of a text that stands right behind another one: nothing is added to it.
+
+        A tokenizer of LLaMA 1 and 2 begins every text with a space of its own, which a text that goes on has not.
+
+        Args:
+            text: what a user wrote: special tokens named in it are read as such.
+            plain: they are encoded as the letters that they are made of, as by `encode`.
+        """
+
+        def ids(said: str) -> list[int]:
+            found: list[int] = self._backend.encode(said, add_special_tokens=False, split_special_tokens=plain)
+            return found
+
+        if not self._begins_with_space:
+            return ids(text)
+        anchor, whole = ids(_ANCHOR), ids(_ANCHOR + text)
+        if whole[: len(anchor)] == anchor:
+            return whole[len(anchor) :]
+        return ids(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens left out, whitespace at both ends stripped."""
@@ -69,6 +90,16 @@ class Tokenizer:
         plain = [int(token) for token in ids]
         text: str = self._backend.decode(plain, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
+
+    def decode_behind(self, ids: Sequence[int]) -> str:
+        """The text of ids that stand right behind other ones, as `decode_exactly` but with a space that it begins with.
+
+        As the beginning of a text, a tokenizer of LLaMA 1 and 2 takes that space for its own and drops it.
+        """
+        if not self._begins_with_space:
+            return self.decode_exactly(ids)
+        anchor = self._backend.encode(_ANCHOR, add_special_tokens=False)
+        return self.decode_exactly([*anchor, *ids])[len(self.decode_exactly(anchor)) :]
 
     def single_token(self, text: str) -> int | None:
         """The id of a text that is exactly one known token, else None."""
@@ -130,14 +161,37 @@ def load_tokenizer(path: Path) -> Tokenizer:
     Raises:
         InputError: the folder or its tokenizer files are missing or can't be read, or there is no end-of-text token.
     """
+    path = Path(path)
+    if not any((path / name).is_file() for name in FILES):
+        raise InputError(f"{path}: no tokenizer found; expected a folder with one of {', '.join(FILES)}")
+    content = _content(path)
+    if content not in _read:
+        while len(_read) >= _READ_KEPT:
+            del _read[next(iter(_read))]
+        _read[content] = _parse(path)
+    return _read[content]
+
+
+# Tokenizers by the content of their files: a run loads many models, all with one of a few.
+_read: dict[str, Tokenizer] = {}
+_READ_KEPT = 8
+
+
+def _content(folder: Path) -> str:
+    """A digest of all files of a folder that a tokenizer may be read from, which weights and model.json are not."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.name != CARD and path.suffix in (".json", ".txt", ".model", ".jinja"):
+            digest.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _parse(path: Path) -> Tokenizer:
     # Said on import, and of no interest here: only tokenizers are used, PyTorch isn't missed.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
-    path = Path(path)
-    if not any((path / name).is_file() for name in FILES):
-        raise InputError(f"{path}: no tokenizer found; expected a folder with one of {', '.join(FILES)}")
     # Its warnings are about the model's config, which is none of its business here.
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
@@ -170,6 +224,13 @@ def _take_end(backend: Any, folder: Path) -> None:
         if isinstance(first, int) and 0 <= first < len(backend):
             backend.eos_token = backend.convert_ids_to_tokens(first)
             return
+
+
+def _begins_with_space(backend: Any) -> bool:
+    """Whether a text without one is encoded as if it began with a space."""
+    ids = backend.encode("a", add_special_tokens=False)
+    first = backend.convert_ids_to_tokens(ids[0]) if ids else ""
+    return isinstance(first, str) and first.startswith(_SPACE)
 
 
 def _fingerprint(backend: Any) -> str:

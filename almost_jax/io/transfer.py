@@ -202,7 +202,7 @@ def _check(folder: Path, config: LlamaConfig, params: Params, dtype: str, tokeni
         The largest difference between results of what was written and of what was held.
     """
     back = read_model(str(folder), host_mesh(), dtype)
-    if back.config != dataclasses.replace(config, dtype=back.config.dtype, scan_layers=True, remat=False):
+    if back.config != dataclasses.replace(config, dtype=back.config.dtype, scan_layers=True, remat="none"):
         raise InputError(f"{folder}: the config that was written isn't the model's: {back.config}, held {config}")
     if back.tokenizer.fingerprint != tokenizer.fingerprint:
         raise InputError(f"{folder}: the tokenizer that was written isn't the model's")

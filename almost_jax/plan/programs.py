@@ -32,8 +32,8 @@ from almost_jax.plan.shapes import model_shape
 from almost_jax.sampling.rows import Samples
 from almost_jax.sampling.rules import SamplingRules, draw
 from almost_jax.sampling.scoring import _sequence_scores
-from almost_jax.stages.actors import judging_shape, training_players
-from almost_jax.stages.execution import training_shape, training_shardings, training_spread
+from almost_jax.stages.actors import training_players
+from almost_jax.stages.execution import judging_shape, training_shape, training_shardings, training_spread
 from almost_jax.stages.reward import pair_loss_sums
 from almost_jax.stages.rollouts import Experience, Players, judge
 from almost_jax.stages.sft import sft_loss_sums
@@ -226,6 +226,7 @@ def _ppo_judge(config: ExperimentConfig, mesh: Mesh) -> Program:
         players,
         policy=judging_shape(players.policy, settings, mesh),
         critic=judging_shape(players.critic, settings, mesh),
+        reward=judging_shape(players.reward, settings, mesh),
     )
 
     def trained(shape: LlamaConfig, head: bool) -> Any:

@@ -14,7 +14,7 @@ from almost_jax.evaluation.statistics import agreement
 from almost_jax.io.records import Record
 from almost_jax.report import plots
 from almost_jax.report.blocks import INTERVALS, Block, Dialogue, FigureBlock, Section, TableBlock
-from almost_jax.report.tables import FILTER_NAMES, POLICY_NAMES, SOURCE_NAMES, Claim, Table, number, span
+from almost_jax.report.tables import FILTER_NAMES, POLICY_NAMES, SOURCE_NAMES, Claim, Table, number, rivals_table, span
 
 MEASURE_NAMES = {"reward": "reward model", "as_is": "as-is reward model"}
 PICKS = {**MEASURE_NAMES, "gold": "gold score"}
@@ -372,6 +372,11 @@ def _policies(scores: Scores) -> list[Block]:
                 f"budget: {cut}.",
             )
         )
+    for measure, found in scores.get("rivals", {}).items():
+        # SFT and RLSF alone stand above.
+        if len(found["rivals"]) > 2:
+            text = "What else can be made of the SFT policy and the same synthetic pairs, on the same questions."
+            blocks.append(TableBlock(rivals_table(found, f"{MEASURE_NAMES[measure]}'s score"), text))
     return blocks
 
 

@@ -122,8 +122,8 @@ def claims(gold: Gold) -> list[Claim]:
     return found
 
 
-def rivals_table(gold: Gold) -> Table:
-    """RLSF, DPO and best-of-N from one SFT policy: gold score, gain over SFT, and what RLSF gains over each."""
+def rivals_table(gold: Gold, score: str = "gold score") -> Table:
+    """RLSF, DPO and best-of-N from one SFT policy: their score, gain over SFT, and what RLSF gains over each."""
     rows = []
     for name, figure in gold["rivals"].items():
         gains = [gold["rival_gains"].get(key) for key in (f"{name} - sft", f"rlsf - {name}")]
@@ -137,7 +137,7 @@ def rivals_table(gold: Gold) -> Table:
         mean, ci95 = number(figure["mean"]), span(figure["ci95"], ".3f")
         rows.append((RIVAL_NAMES[name], mean, ci95, *cells, f"{figure['characters']:.0f}"))
     interval = "95% interval"
-    header = ("policy", "gold score", interval, "over SFT", interval, "RLSF over it", interval, "characters")
+    header = ("policy", score, interval, "over SFT", interval, "RLSF over it", interval, "characters")
     return Table(header, rows, tuple(range(1, len(header))))
 
 

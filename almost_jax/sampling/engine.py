@@ -7,11 +7,13 @@ reads only what is new.
 """
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -21,7 +23,7 @@ from almost_jax.sampling.padding import bucket_size, pad_rows
 from almost_jax.sampling.programs import Programs, place_of, room
 from almost_jax.sampling.requests import Completion, Finish, Request, Settings, check_requests, check_tokens
 from almost_jax.sampling.rules import SamplingRules
-from almost_jax.sampling.sampler import Drawn, Slots
+from almost_jax.sampling.sampler import Drawn, Slots, request_keys
 from almost_jax.sampling.stats import Stats
 from almost_jax.sampling.stops import StopStrings
 
@@ -77,7 +79,7 @@ class Engine:
         place = place_of(params)
         self._programs = Programs(*sampling_layout(params, config, place.platform), rules)
         self._config, self._rules, self._settings, self._stops = config, rules, settings, stops
-        self._root = jax.random.key(seed)
+        self._root = _root(seed)
         self._prefix_tokens = tuple(prefix_tokens)
         self._prefix: Prefix | None = None
         # As many more slots as it takes to split them evenly over the devices.
@@ -106,7 +108,7 @@ class Engine:
         stats, k = self.stats, self._settings.steps_per_wake
         waiting = collections.deque(requests)
         running: dict[int, _Running] = {}
-        with stats.measured(self._programs):
+        with stats.measured(self._programs), self._emptied_on_failure():
             while waiting or running:
                 ended: list[tuple[int, Completion]] = []
                 if waiting and (not running or self._refills(len(running))):
@@ -122,6 +124,15 @@ class Engine:
                     stats.new_tokens += len(completion.tokens)
                     with stats.paused():
                         yield completion
+
+    @contextlib.contextmanager
+    def _emptied_on_failure(self) -> Iterator[None]:
+        """Where the caller leaves off, or something fails, what the slots held is nobody's."""
+        try:
+            yield
+        except BaseException:
+            self._slots = None
+            raise
 
     def _refills(self, running: int) -> bool:
         """Whether enough slots are free, beside so many that run, to be worth a prefill."""
@@ -199,13 +210,13 @@ class Engine:
         count = self._bucket(len(requests))
         rest = count - len(requests)
         sources = [row for row, own in enumerate(group.forks) for _ in own]
-        keys = _key_data(self._root, [one.id for one in requests])
+        keys = jax.device_get(self._programs.keys(self._root, _words([one.id for one in requests], count)))
         slots, tokens, logprobs, runs = self._programs.admit(
             self._taken(),
             read,
             np.array(sources + [0] * rest, np.int32),
             np.array(places + [self._batch] * rest, np.int32),
-            np.concatenate([keys, np.zeros((rest, 2), np.uint32)]),
+            keys,
             np.array([self._limit(one) for one in requests] + [1] * rest, np.int32),
         )
         self._slots = slots
@@ -382,24 +393,19 @@ def in_order(requests: Sequence[Request], completions: Iterator[Completion]) -> 
 
 def request_key(seed: int, request_id: str) -> Array:
     """The typed key of a request: a function of the seed and the id alone."""
-    key: Array = jax.random.wrap_key_data(_key_data(jax.random.key(seed), [request_id])[0])
+    data = request_keys(jnp.asarray(_root(seed)), jnp.asarray(_words([request_id], 1)))
+    key: Array = jax.random.wrap_key_data(data[0])
     return key
 
 
-def _power_of_two(count: int) -> int:
-    return 1 << (count - 1).bit_length()
+def _root(seed: int) -> np.ndarray:
+    """The data [2] uint32 of a seed's key."""
+    return np.asarray(jax.random.key_data(jax.random.key(seed)))
 
 
-def _key_data(root: Array, ids: Sequence[str]) -> np.ndarray:
-    """The data [B, 2] uint32 of the keys of ids: two 32-bit words of each id's SHA-256 folded into the root."""
+def _words(ids: Sequence[str], count: int) -> np.ndarray:
+    """Two 32-bit words of each id's SHA-256, [count, 2] uint32; 0 behind the last."""
     digests = b"".join(hashlib.sha256(name.encode()).digest()[:8] for name in ids)
-    words = np.zeros((_power_of_two(len(ids)), 2), np.uint32)
+    words = np.zeros((count, 2), np.uint32)
     words[: len(ids)] = np.frombuffer(digests, "<u4").reshape(len(ids), 2)
-    return np.asarray(_folded(root, words))[: len(ids)]
-
-
-@jax.jit
-def _folded(root: Array, words: Array) -> Array:
-    keys = jax.vmap(lambda pair: jax.random.fold_in(jax.random.fold_in(root, pair[0]), pair[1]))(words)
-    data: Array = jax.random.key_data(keys)
-    return data
+    return words

@@ -73,7 +73,7 @@ def place_of(params: Params) -> Place:
 class Programs:
     """The programs that sample from one model by one set of rules.
 
-    `compile_seconds` counts what this object had to wait for compilation, from disk too.
+    `compile_seconds` counts what this object had to wait for compilation, from disk too; `compiled` the programs.
     """
 
     def __init__(self, params: Params, config: LlamaConfig, rules: SamplingRules):
@@ -83,6 +83,7 @@ class Programs:
         self.rules = dataclasses.replace(rules, max_new_tokens=1)
         self.place = place_of(params)
         self.compile_seconds = 0.0
+        self.compiled = 0
         self._shapes = _shapes(params)
         self._ready: dict[tuple[Any, ...], Any] = {}
         self._formats = _Static(None)
@@ -125,6 +126,12 @@ class Programs:
         shape = "admit", slots.last.shape, room(slots.cache), read[0].shape, room(read[1]), rows.shape, self._formats
         program = self._program(shape, _compiled_admit, arguments, self.rules, self._formats)
         found: tuple[Slots, jax.Array, jax.Array, jax.Array] = program(*arguments)
+        return found
+
+    def keys(self, root: np.ndarray, words: np.ndarray) -> jax.Array:
+        """`sampler.request_keys`, whole on every device."""
+        arguments = self.place.put(root), self.place.put(words)
+        found: jax.Array = self._program(("keys", words.shape), _compiled_keys, arguments)(*arguments)
         return found
 
     def decode(self, slots: Slots, prefix: Prefix | None, steps: int) -> tuple[Slots, Drawn]:
@@ -194,6 +201,7 @@ class Programs:
             shapes = tuple(self._shapes if one is self.params else _shapes(one) for one in arguments)
             found = self._ready[shape] = make(shapes, self.place, *static)
             self.compile_seconds += time.perf_counter() - start
+            self.compiled += 1
         return found
 
 
@@ -334,6 +342,11 @@ def _compiled_decode(
 def _places(shapes: _Shapes) -> Any:
     structure, leaves = shapes
     return jax.tree.unflatten(structure, [where for _, _, where in leaves])
+
+
+@functools.lru_cache(maxsize=_KEPT)
+def _compiled_keys(shapes: Any, place: Place) -> Any:
+    return _compile(sampler.request_keys, shapes, place, place.whole)
 
 
 @functools.lru_cache(maxsize=_KEPT)

@@ -200,6 +200,14 @@ def decode(
     return slots, Drawn(tokens, logprobs, slots.drawn, slots.running)
 
 
+def request_keys(root: Array, words: Array) -> Array:
+    """The data of requests' keys: the seed's [2] uint32 with two words of each id [A, 2] folded in -> [A, 2] uint32."""
+    key = jax.random.wrap_key_data(root)
+    keys = jax.vmap(lambda pair: jax.random.fold_in(jax.random.fold_in(key, pair[0]), pair[1]))(words)
+    data: Array = jax.random.key_data(keys)
+    return data
+
+
 def halt(slots: Slots, places: Array) -> Slots:
     """Stop the slots at `places` [A] int32 (B is none): their requests met a stop string."""
     return dataclasses.replace(slots, running=slots.running.at[places].set(False, mode="drop"))

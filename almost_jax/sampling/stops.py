@@ -30,8 +30,8 @@ class StopStrings:
             checked: so many of them are known to hold none.
         """
         text = self.decode(tokens)
-        # Behind a letter that is begun and not finished some tokenizers read the bytes before it as begun letters too.
-        if not self._in(text) and not text.endswith(_BEGUN):
+        # Beside a letter that is begun and never finished some tokenizers read other bytes as begun letters too.
+        if not self._in(text) and _BEGUN not in text:
             return None
         found = (count for count in range(checked + 1, len(tokens) + 1) if self._in(self.decode(tokens[:count])))
         return next(found, None)

@@ -14,7 +14,7 @@ from almost_jax.io.records import read_records
 from almost_jax.io.run import Run
 from almost_jax.sampling.rules import SamplingRules
 from almost_jax.stages.dialogues import prompt_tokens
-from almost_jax.stages.execution import attention, head_chunk, training_shape
+from almost_jax.stages.execution import judging_shape, training_shape
 from almost_jax.stages.prompting import sampling_rules
 from almost_jax.stages.reward import load_reward_model
 from almost_jax.stages.rollouts import Players
@@ -63,7 +63,7 @@ def load_actors(run: Run) -> Actors:
         critic=judging_shape(
             reward.config if ppo.critic == "reward_model" else sft.config, run.config.mesh, run.mesh
         ),
-        reward=reward.config,
+        reward=judging_shape(reward.config, run.config.mesh, run.mesh),
         temperature=rules.logprob_temperature,
         stop_tokens=stops,
         eos_id=tokenizer.eos_id,
@@ -73,13 +73,6 @@ def load_actors(run: Run) -> Actors:
         value_scale=reward.reward_std if normalizes else 1.0,
     )
     return Actors(sft, reward, players, rules)
-
-
-def judging_shape(config: LlamaConfig, settings: MeshConfig, mesh: jax.sharding.Mesh) -> LlamaConfig:
-    """A policy's or critic's config as it judges rollouts, in a program that the compiler splits over the mesh."""
-    return dataclasses.replace(
-        config, attention=attention(settings, mesh.size == 1), vocab_chunk=head_chunk(settings)
-    )
 
 
 def training_players(players: Players, settings: MeshConfig, mesh: jax.sharding.Mesh) -> Players:

@@ -22,7 +22,7 @@ from almost_jax.io.distributed import from_primary
 from almost_jax.io.records import Record, RecordWriter, iter_records, read_records
 from almost_jax.io.run import Run
 from almost_jax.stages.filters import count_verdicts, filter_pair
-from almost_jax.stages.prompting import DialogueRequest, Reply, respond
+from almost_jax.stages.prompting import DialogueRequest, Responder
 from almost_jax.stages.reward import RewardScorer, load_reward_model
 from almost_jax.stages.templates import Turn, demonstrations_text
 
@@ -116,8 +116,8 @@ def make_pairs(
 def run_responses(run: Run) -> dict[str, Any]:
     """Sample one response per configuration and query: queries.jsonl -> responses.jsonl.
 
-    Models are loaded one after another. A killed run goes on from the batch in which it was killed, which is sampled
-    again as a whole, so that the file comes out the same to the byte; a finished file stays as it is.
+    Models are loaded one after another. A killed run goes on from the group of batches in which it was killed, which is
+    sampled again as a whole, so that the file comes out the same to the byte; a finished file stays as it is.
 
     Raises:
         InputError: the configurations contradict the rule of thumb, or the unfinished file is another run's.
@@ -269,29 +269,23 @@ def respond_as(run: Run, name: str, queries: Sequence[Mapping[str, Any]], alread
     prompted = run.config.comparisons.configurations[name]
     sampling = run.config.comparisons.sampling
     seed = run.seed(f"responses/{name}")
-    start = already // sampling.batch_size * sampling.batch_size
-    requests = [DialogueRequest(query["id"], [{"role": "human", "text": query["text"]}]) for query in queries[start:]]
-    replies: Iterator[Reply] = respond(
-        run.model(prompted.model),
-        demonstrations_text(prompted),
-        requests,
-        next_role="assistant",
-        sampling=sampling,
-        seed=seed,
+    requests = [DialogueRequest(query["id"], [{"role": "human", "text": query["text"]}]) for query in queries]
+    responder = Responder(
+        run.model(prompted.model), demonstrations_text(prompted), next_role="assistant", sampling=sampling, seed=seed
     )
-    for index, reply in enumerate(replies, start=start):
-        if index >= already:
-            yield {
-                "query_id": reply.id,
-                "configuration": name,
-                "model": prompted.model,
-                "demonstrations": prompted.demonstrations,
-                "shots": prompted.shots,
-                "text": reply.text,
-                "tokens": reply.tokens,
-                "seed": seed,
-                "finish": reply.finish,
-            }
+    for reply in responder.respond_from(requests, already):
+        yield {
+            "query_id": reply.id,
+            "configuration": name,
+            "model": prompted.model,
+            "demonstrations": prompted.demonstrations,
+            "shots": prompted.shots,
+            "text": reply.text,
+            "tokens": reply.tokens,
+            "seed": seed,
+            "finish": reply.finish,
+        }
+    run.say(f"responses: {name}: {responder.stats.line()}")
 
 
 def _compare(

@@ -83,6 +83,10 @@ class Speaker:
         replies = iter(responder.respond([one for one, fit in zip(requests, fits, strict=True) if fit]))
         return [next(replies) if fit else None for fit in fits]
 
+    def figures(self) -> str:
+        """What it has sampled, in one line; "" where it was loaded anew for every turn."""
+        return "" if self._responder is None else self._responder.stats.line()
+
     def forget(self, ids: Iterable[str] | None = None) -> None:
         """Free what is kept of some requests, or of all."""
         if self._responder is not None:
@@ -152,6 +156,9 @@ def play(run: Run, name: str, n: int, scorer: RewardScorer | None) -> dict[str, 
                         writer.write(demonstration_record(dialogue))
                         progress.advance()
         writer.finish()
+    for role, speaker in (("assistant", assistant), ("user", user)):
+        if speaker.figures():
+            run.say(f"{name}: {role}: {speaker.figures()}")
     summary = summarize(read_records(path))
     if summary["outgrown"]:
         run.say(

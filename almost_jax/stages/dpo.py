@@ -33,7 +33,7 @@ from almost_jax.io.run import Run
 from almost_jax.io.tokenizer import Tokenizer
 from almost_jax.sampling.layout import decode_layout
 from almost_jax.stages.dialogues import training_tokens
-from almost_jax.stages.execution import head_chunk, placed_for_training, training_shape, training_spread
+from almost_jax.stages.execution import judging_shape, placed_for_training, training_shape, training_spread
 from almost_jax.stages.reward import Pair, check_any_kept, comparison_pair, split_pairs
 from almost_jax.stages.sft import Example
 from almost_jax.stages.templates import Turn
@@ -76,7 +76,7 @@ def run_stage(run: Run) -> dict[str, Any]:
     optimizer = make_optimizer(training.optimizer, total_steps)
     settings, mesh = run.config.mesh, run.mesh
     shape = training_shape(source.config, settings, mesh)
-    whole = dataclasses.replace(source.config, vocab_chunk=head_chunk(settings))
+    whole = judging_shape(source.config, settings, mesh)
     score = functools.partial(_response_logprobs, config=whole, length_normalized=config.length_normalized)
 
     def logprobs(params: Params, chosen: Sequence[Pair]) -> np.ndarray:

@@ -46,6 +46,13 @@ def training_shape(config: LlamaConfig, settings: MeshConfig, mesh: Mesh) -> Lla
     )  # fmt: skip
 
 
+def judging_shape(config: LlamaConfig, settings: MeshConfig, mesh: Mesh) -> LlamaConfig:
+    """A model's config as it judges whole rows, in a program that the compiler splits over the mesh."""
+    return dataclasses.replace(
+        config, attention=attention(settings, mesh.size == 1), vocab_chunk=head_chunk(settings)
+    )
+
+
 def attention(settings: MeshConfig, alone: bool) -> str:
     """The attention of a program on the platform that is traced for, "splash", "blocks" or "plain".
 

@@ -10,10 +10,14 @@ from almost_jax.io.models import Model
 from almost_jax.io.tokenizer import Tokenizer
 from almost_jax.sampling.engine import Completion, Engine, Request, Settings, in_order
 from almost_jax.sampling.rules import SamplingRules
+from almost_jax.sampling.stats import Stats
 from almost_jax.sampling.stops import StopStrings
 from almost_jax.stages.dialogues import prompt_tokens
 from almost_jax.stages.templates import LABELS, SEPARATOR, Role, Turn, own_words, query_prompt, whole_sentences
 
+# Requests are answered in groups of so many batches: a stopped stage repeats a torn group from its beginning, so that
+# every request runs in the company, and by the programs, in which it would have run.
+GROUP_BATCHES = 4
 # Texts that are scored are padded to a multiple of this many tokens, so that few shapes are compiled.
 PROMPT_MULTIPLE = 16
 
@@ -69,6 +73,7 @@ class Responder:
         self._trim = self._vanilla and sampling.trim_unfinished
         prefix = _bos(tokenizer) + tokenizer.encode(demonstrations_text) if self._vanilla else []
         self._positions, self._taken = model.config.max_position_embeddings, len(prefix) + sampling.max_new_tokens
+        self._group = GROUP_BATCHES * sampling.batch_size
         self._needs = f"few-shot prompt {len(prefix)} + max_new_tokens {sampling.max_new_tokens}"
         self._engine = Engine(
             model.params,
@@ -93,12 +98,28 @@ class Responder:
         Raises:
             InputError: a dialogue and its longest next turn don't fit into the model's positions, see `fits`.
         """
+        self.check(requests)
         asked = [Request(one.id, self._prompt(one.turns), keep=one.keep, parent=one.parent) for one in requests]
-        for one, request in zip(requests, asked, strict=True):
-            if self._taken + len(request.prompt) > self._positions:
-                raise InputError(f"request {one.id!r}: {self.too_long(one.turns)}")
         done = in_order(asked, self._engine.run(asked))
         return (reply(self._tokenizer, one, self._stops, self._trim) for one in done)
+
+    def respond_from(self, requests: Sequence[DialogueRequest], already: int) -> Iterator[Reply]:
+        """`respond`, group by group, to the requests behind the first `already`, which have their replies."""
+        self.check(requests)
+        for start in range(already // self._group * self._group, len(requests), self._group):
+            for place, found in enumerate(self.respond(requests[start : start + self._group]), start=start):
+                if place >= already:
+                    yield found
+
+    def check(self, requests: Sequence[DialogueRequest]) -> None:
+        """Refuse dialogues that don't fit, before anything is sampled.
+
+        Raises:
+            InputError: names the request, what it takes and what there is.
+        """
+        for one in requests:
+            if not self.fits(one.turns):
+                raise InputError(f"request {one.id!r}: {self.too_long(one.turns)}")
 
     def too_long(self, turns: Sequence[Turn]) -> str:
         """What to say of a dialogue that doesn't fit."""
@@ -108,13 +129,18 @@ class Responder:
             f"model's {self._positions} positions; shorten or drop the query, or lower max_new_tokens or the shots"
         )
 
+    @property
+    def stats(self) -> Stats:
+        """What it has sampled so far, and how fast."""
+        return self._engine.stats
+
     def forget(self, ids: Iterable[str] | None = None) -> None:
         """Free what was kept of some requests, or of all."""
         self._engine.forget(ids)
 
     def _prompt(self, turns: Sequence[Turn]) -> tuple[int, ...]:
         if self._vanilla:
-            return tuple(self._tokenizer.encode(query_prompt(turns, self._role)))
+            return tuple(self._tokenizer.encode_behind(query_prompt(turns, self._role), plain=True))
         # As in fine-tuning: the end of text stands behind every earlier turn of the assistant.
         return tuple(prompt_tokens(self._tokenizer, turns))
 

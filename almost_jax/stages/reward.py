@@ -32,7 +32,7 @@ from almost_jax.io.tokenizer import Tokenizer
 from almost_jax.sampling.layout import decode_layout
 from almost_jax.sampling.scoring import score_sequences
 from almost_jax.stages.dialogues import dialogue_tokens, text_tokens
-from almost_jax.stages.execution import placed_for_training, training_shape, training_spread
+from almost_jax.stages.execution import judging_shape, placed_for_training, training_shape, training_spread
 from almost_jax.stages.filters import count_verdicts
 from almost_jax.stages.pair_figures import logged_figures, pair_figures
 from almost_jax.stages.templates import Turn, render
@@ -251,6 +251,7 @@ def train_reward_model(
     run.say(f"{name}: {len(train)} pairs to train on, {len(test)} held out, {len(pairs) - len(fitting)} too long")
     length = fixed_length(longest)
     batches_seed, batch_size = run.seed(f"{seeds}/batches"), training.batch_size
+    settings, mesh = run.config.mesh, run.mesh
 
     def batch_at(step: int) -> dict[str, np.ndarray]:
         chosen = [train[index] for index in batch_indices(step, batch_size, len(train), batches_seed)]
@@ -259,7 +260,7 @@ def train_reward_model(
     def scores(params: Params, texts: Sequence[str]) -> np.ndarray:
         if not texts:
             return np.zeros((0,), np.float32)
-        flat, config = decode_layout(params, source.config, platform())
+        flat, config = decode_layout(params, judging_shape(source.config, settings, mesh), platform())
         # A text stands in several pairs of its query.
         places = {text: place for place, text in enumerate(dict.fromkeys(texts))}
         found = score_sequences(
@@ -281,7 +282,6 @@ def train_reward_model(
 
     total_steps = steps or count_steps(training, len(train))
     optimizer = make_optimizer(training.optimizer, total_steps)
-    settings, mesh = run.config.mesh, run.mesh
     shape = training_shape(source.config, settings, mesh)
     loss_sums = functools.partial(pair_loss_sums, config=shape, margin=margin, centering=centering)
     with jax.set_mesh(mesh):

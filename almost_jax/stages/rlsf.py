@@ -137,7 +137,8 @@ def run_stage(run: Run, name: str = NAME) -> dict[str, Any]:
             state, figures, arrays = learn(run, state, actors, gathered, step, update, guard)
             if ppo.overlap_rollouts:
                 ahead = gathered if begun is None else begun()
-            if math.isfinite(figures.get("kl", math.nan)):
+            # A policy that isn't trained yet has a KL of 0, which says nothing of the coefficient.
+            if step > ppo.critic_warmup_steps and math.isfinite(figures.get("kl", math.nan)):
                 state = dataclasses.replace(state, kl_coef=next_kl_coef(state.kl_coef, figures["kl"], ppo))
             last = step == ppo.steps
             if step % ppo.log_every == 0 or last:
@@ -156,6 +157,7 @@ def run_stage(run: Run, name: str = NAME) -> dict[str, Any]:
                 checkpoints.save(step, whole, guard.extra)
             progress.advance(1, **{key: figures[key] for key in ("reward", "kl") if key in figures})
             stop_if_asked(asked_to_stop(), run, name, step, whole, checkpoints, guard.extra)
+        checkpoints.wait()
         save_model(run.path(name, "model"), policy_model(run, actors, state, name))
         metrics.close()
     final = read_records(run.path(name, "metrics.jsonl"))[-1]

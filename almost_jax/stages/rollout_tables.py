@@ -60,7 +60,7 @@ def rollout_records(
             }
             record["per_token"] = [
                 {
-                    "token": tokenizer.decode([int(samples.tokens[row, place])]),
+                    "token": tokenizer.decode_exactly([int(samples.tokens[row, place])]),
                     **{name: _short(column[place]) for name, column in columns.items()},
                 }
                 for place in range(size)

@@ -14,7 +14,7 @@ import jax
 from almost_jax.config import SelfInstructConfig
 from almost_jax.errors import InputError
 from almost_jax.io.models import Model
-from almost_jax.io.records import RecordWriter, write_records
+from almost_jax.io.records import Record, RecordWriter, read_records, write_records
 from almost_jax.io.run import Run
 from almost_jax.sampling.engine import Request, generate
 from almost_jax.stages.instructions import (
@@ -61,6 +61,10 @@ def self_instruct(run: Run, query_id: Callable[[str], str]) -> dict[str, Any]:
     seed = run.seed("self_instruct")
     fingerprint = _fingerprint(config, seed, seeds)
     pool = Pool(seeds, config, query_id)
+    finished = _finished(run, config, count, fingerprint)
+    if finished is not None:
+        # The stage was stopped behind its files: what is finished isn't generated again.
+        return _summary(*finished)
     with RecordWriter(run.path("self_instruct", "rounds.jsonl"), key=lambda record: str(record["round"])) as writer:
         number_done = 0
         for number, record in enumerate(writer.written()):
@@ -161,11 +165,11 @@ def _complete(
     for index in range(config.requests_per_round):
         name = _origin(round_number, index)
         examples = pool.examples(random.Random(f"{seed}/{name}"))
-        prompt = tokenizer.encode(list_prompt(examples))
+        prompt = tokenizer.encode_behind(list_prompt(examples), plain=True)
         # Long requests may not all fit; the longest goes first.
         while len(prompt) > room and len(examples) > 1:
             examples.remove(max(examples, key=len))
-            prompt = tokenizer.encode(list_prompt(examples))
+            prompt = tokenizer.encode_behind(list_prompt(examples), plain=True)
         requests.append(Request(name, tuple(prompt)))
         firsts.append(len(examples) + 1)
     completions = generate(
@@ -200,6 +204,19 @@ def _judge(
 
 def _origin(round_number: int, request: int) -> str:
     return f"round {round_number}, request {request}"
+
+
+def _finished(
+    run: Run, config: SelfInstructConfig, count: int, fingerprint: str
+) -> tuple[list[Record], list[Record]] | None:
+    """The rounds and the queries, where both files are whole and of these settings."""
+    if not (run.exists("self_instruct", "rounds.jsonl") and run.exists("queries.jsonl")):
+        return None
+    rounds = read_records(run.path("self_instruct", "rounds.jsonl"))
+    if any(record["fingerprint"] != fingerprint for record in rounds):
+        return None
+    queries = read_records(run.path("queries.jsonl"))
+    return (rounds, queries) if len(queries) == count or len(rounds) == config.max_rounds else None
 
 
 def _fingerprint(config: SelfInstructConfig, seed: int, seeds: Sequence[str]) -> str:

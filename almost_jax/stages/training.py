@@ -144,6 +144,8 @@ def stop_if_asked(
         return
     if step not in checkpoints.steps():
         checkpoints.save(step, state, extra)
+    # Here, where another signal must be meant to break it off, and not once the loop has ended.
+    checkpoints.wait()
     run.say(f"{name}: asked to stop; step {step} is saved, the same command goes on from there")
     raise Preempted
 
@@ -224,4 +226,5 @@ def fit(
                 checkpoints.save(step, state, guard.extra)
             progress.advance(1, **({"loss": figures["loss"]} if logs else {}))
             stop_if_asked(asked, run, name, step, state, checkpoints, guard.extra)
+        checkpoints.wait()
     return state

@@ -82,7 +82,7 @@ def test_a_model_with_nan_weights_is_named_and_mended(
     layers["mlp"] = {**layers["mlp"], "up": {"kernel": kernel.at[1, 2, 3].set(jnp.nan)}}
     save_model(tmp_path / "broken", dataclasses.replace(small, params={**small.params, "layers": layers}))
     code, out, _ = command(capsys, "doctor", "--model", tmp_path / "broken")
-    assert code == 1 and out.endswith("1 failed\n")
+    assert code == 1 and out.endswith("1 failed, 1 skipped\n")
     assert "FAIL    weights are finite: 1 of" in out and "layers/mlp/up/kernel are NaN or infinite" in out
     assert "-> the checkpoint is broken: import it again" in out
     assert "skipped 3, 5, 7, 16" in out
@@ -154,6 +154,21 @@ def test_devices_that_compute_otherwise_are_called_out(monkeypatch: pytest.Monke
     monkeypatch.setattr(invariants, "_gradients", off)
     found = invariants.check_devices(small, jax.devices())
     assert found.outcome == "FAIL" and "largest difference of loss and gradients" in found.seen
+
+
+def test_a_check_that_breaks_off_is_said_and_the_others_go_on(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: Model) -> invariants.Check:
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory\nallocating 28 GiB")
+
+    monkeypatch.setitem(invariants.CHECKS, 7, full)
+    monkeypatch.setattr(doctor, "_devices", lambda *_: invariants.Check("5", "skipped", "not here"))
+    code, out, err = command(capsys, "doctor", "--model", "microworld:small")
+    assert code == 1 and "Traceback" not in out + err
+    assert "FAIL    7: RuntimeError: RESOURCE_EXHAUSTED: Out of memory allocating 28 GiB" in out
+    assert "doesn't fit on one device" in out and "pass    16 " in out
+    assert out.endswith("1 failed, 1 skipped\n")
 
 
 def test_a_model_that_is_not_there_fails_in_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """generate: samples by id and number, one file that goes on where it was interrupted, rates as the last line."""
 
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
@@ -23,7 +24,7 @@ PROMPTS = [
     {"prompt": "w3 w4 w5 w6 w7", "id": 7},
 ]
 FIGURES = (
-    "requests", "new_tokens", "prefill_tokens", "prefill_tokens_saved", "compile_seconds", "seconds",
+    "requests", "new_tokens", "prefill_tokens", "prefill_tokens_saved", "programs", "compile_seconds", "seconds",
     "tokens_per_second", "slot_utilisation",
 )  # fmt: skip
 
@@ -143,8 +144,7 @@ def test_bad_options_are_named(tmp_path: Path, capsys: Any, folder: Path) -> Non
         (("--top-p", 0), "--top-p 0.0: must be above 0 and at most 1"),
         (("--stop", ""), "--stop: is empty"),
         (("--prefix-file", tmp_path / "none.txt"), "none.txt: can't be read"),
-        (("--max-new-tokens", 1), "request '2/0': max_new_tokens 2 must be 1 to 1"),
-        (("--max-new-tokens", 3000), "exceed the model's"),
+        (("--max-new-tokens", 3000), "line 1 of the prompts: request 'one/0': prefix 0 + prompt 2 + max_new"),
         (("--temperature", "nan"), "'--temperature'"),
         (("--seed", 2**32), "'--seed'"),
     ]:
@@ -153,6 +153,45 @@ def test_bad_options_are_named(tmp_path: Path, capsys: Any, folder: Path) -> Non
         assert not partial_path(out).exists()
     code, _, err = sample(capsys, folder, tmp_path)
     assert code == 2 and err == f"almost-jax: {tmp_path}: is a folder; expected a file's name\n"
+
+
+def test_a_lines_own_limit_may_be_above_the_options(tmp_path: Path, capsys: Any, folder: Path) -> None:
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    write_records(prompts, [{"prompt": "w3"}, {"prompt": "w3", "max_new_tokens": 11}, {"prompt": "w4"}])
+    given = ("--model", folder / "model", "--prompts", prompts, "--out", out, "--ignore-eos", "--max-new-tokens", 5)
+    assert command(capsys, "generate", *given)[0] == 0
+    assert [len(one["tokens"]) for one in read_records(out)] == [5, 11, 5]
+
+
+def test_28_samples_of_other_weights_under_the_same_name_are_refused(
+    tmp_path: Path, capsys: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, out = tmp_path / "model", tmp_path / "out.jsonl"
+    model = make_model()
+    save_model(home, model)
+    given = ("--model", home, "--prompts", folder / "prompts.jsonl", "--out", out, "--max-new-tokens", 5)
+    real = generate._record
+
+    def interrupted(*arguments: Any) -> Any:
+        monkeypatch.setattr(generate, "_record", broken)
+        return real(*arguments)
+
+    def broken(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate, "_record", interrupted)
+    assert command(capsys, "generate", *given)[0] == 130
+    monkeypatch.setattr(generate, "_record", real)
+    # The same weights elsewhere are the same model.
+    save_model(tmp_path / "copy", model)
+    copied = ("--model", tmp_path / "copy", *given[2:])
+    partial = partial_path(out).read_bytes()
+    changed = dict(model.params, embedding=model.params["embedding"][::-1])
+    save_model(home, dataclasses.replace(model, params=changed))
+    code, _, err = command(capsys, "generate", *given)
+    assert code == 2 and "was sampled from another prompt or with other settings" in err
+    assert partial_path(out).read_bytes() == partial
+    assert command(capsys, "generate", *copied)[0] == 0
 
 
 def test_a_file_of_nothing_has_no_samples(tmp_path: Path, capsys: Any, folder: Path) -> None:

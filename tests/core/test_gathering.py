@@ -20,7 +20,7 @@ from almost_jax.core.train import Batch, accumulate_gradients, init_state, make_
 
 CONFIG = LlamaConfig(
     vocab_size=24, hidden_size=16, intermediate_size=24, num_layers=3, num_heads=8, num_kv_heads=4, head_dim=6,
-    initializer_range=0.3, remat=True,
+    initializer_range=0.3, remat="full",
 )  # fmt: skip
 
 
@@ -101,7 +101,7 @@ def test_splash_attention_equals_plain_attention(length: int) -> None:
 
 def test_a_model_with_splash_attention_takes_rows_of_any_length(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(llama, "splash_attention", functools.partial(splash_attention, interpret=True))
-    config = dataclasses.replace(CONFIG, num_layers=2, remat=False)
+    config = dataclasses.replace(CONFIG, num_layers=2, remat="none")
     splash = dataclasses.replace(config, attention="splash")
     params, batch = llama.init_params(config, jax.random.key(1)), ragged_batch(2)
     plain, kernel = (

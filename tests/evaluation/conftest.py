@@ -62,7 +62,7 @@ def build_run(folder: Path, home: Path, **sections: Any) -> Run:
         "seed": 7,
         "models": {"vanilla": str(home / "vanilla")},
         "queries": {"source": "microworld", "count": 5},
-        "as_is_reward": {"model": "vanilla"},
+        "as_is_reward": {"model": "vanilla", "votes": "microworld"},
         "comparisons": {
             "configurations": {"A": prompted, "B": {**prompted, "shots": 1}},
             "model_order": ["vanilla"],
@@ -86,6 +86,9 @@ def build_run(folder: Path, home: Path, **sections: Any) -> Run:
     }
     for section, changes in sections.items():
         config[section] = {**config.get(section, {}), **changes}
+    if config["queries"]["source"] != "microworld":
+        config["as_is_reward"]["votes"] = "none"
+        config["filters"] = {**config.get("filters", {}), "as_is": False}
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     return Run(folder, ExperimentConfig.model_validate(config), mesh, False, Console(file=io.StringIO(), width=200))
 

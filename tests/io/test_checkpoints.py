@@ -1,5 +1,6 @@
 """Checkpoints: exact bytes, shardings, kills, damage, and trees of another shape."""
 
+import errno
 import os
 import shutil
 import signal
@@ -18,6 +19,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from almost_jax.core.train import init_state
 from almost_jax.errors import InputError
+from almost_jax.io import checkpoints as checkpoints_module
 from almost_jax.io.checkpoints import Checkpoints, find_damage, restore_tree, save_tree, seal
 
 
@@ -340,6 +342,34 @@ def test_a_failed_write_is_told_at_the_next_save(tmp_path: Path, monkeypatch: py
     assert checkpoints.steps() == [1]
     checkpoints.save(3, {"w": jnp.ones(3)}, {})
     assert checkpoints.steps() == [1, 3]
+
+
+def test_28_a_file_that_the_disk_refuses_to_read_is_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    said: list[str] = []
+    checkpoints = Checkpoints(tmp_path, keep=2, say=said.append)
+    trees = {step: make_tree(step) for step in (1, 2)}
+    for step, tree in trees.items():
+        checkpoints.save(step, tree, {})
+    checkpoints.wait()
+    real = checkpoints_module._digest
+
+    def refused(path: Path) -> str:
+        if "2" in path.relative_to(tmp_path).parts[:1]:
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return real(path)
+
+    monkeypatch.setattr(checkpoints_module, "_digest", refused)
+    assert checkpoints.restore(trees[1])[0] == 1
+    assert len(said) == 1 and "can't be read: Input/output error" in said[0]
+
+
+def test_what_a_killed_process_was_writing_goes_before_the_next_save_asks_for_room(tmp_path: Path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    (tmp_path / ".saving-27").mkdir()
+    checkpoints.save(30, make_tree(1), {})
+    assert not (tmp_path / ".saving-27").exists()
+    checkpoints.close()
+    assert checkpoints.steps() == [30]
 
 
 SAVE_FOR_EVER = """

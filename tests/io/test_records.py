@@ -217,6 +217,19 @@ def test_a_partial_file_of_another_kind_is_refused(tmp_path: Path):
         pass
 
 
+def test_two_writers_of_one_file_are_refused(tmp_path: Path):
+    path = tmp_path / "records.jsonl"
+    with RecordWriter(path, key) as first:
+        first.write({"id": "a"})
+        with pytest.raises(InputError, match="another process is writing it"), RecordWriter(path, key):
+            pass
+        first.write({"id": "b"})
+        first.finish()
+    assert [record["id"] for record in read_records(path)] == ["a", "b"]
+    with RecordWriter(path, key) as again:
+        assert again.done == set()
+
+
 def test_the_old_file_stays_until_finish_and_misuse_is_an_error(tmp_path: Path):
     path = tmp_path / "records.jsonl"
     write_records(path, [{"id": "old"}])

@@ -176,6 +176,19 @@ def test_llama_tokenizers_of_both_families_encode_as_transformers_does(tmp_path:
     assert again.fingerprint == ours.fingerprint and again.encode_prompt("hello w") == ours.encode_prompt("hello w")
 
 
+@pytest.mark.parametrize("make", [sentencepiece_like, llama3_like])
+@pytest.mark.parametrize(
+    ("before", "text"),
+    [("hello\n", "world"), ("hello\n", "hello w"), ("he", " hello"), ("a\n", "\nb"), ("a", ""), ("a\n", "<s>é")],
+)
+def test_a_text_behind_another_is_encoded_and_decoded_as_within_it(tmp_path: Path, make, before: str, text: str):
+    make(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    whole, first = tokenizer.encode(before + text), tokenizer.encode(before)
+    assert whole == first + tokenizer.encode_behind(text, plain=True)
+    assert tokenizer.decode_behind(whole[len(first) :]) == text
+
+
 def test_the_end_of_text_is_taken_from_the_model_where_the_tokenizer_names_none(tmp_path: Path):
     saved(words(eos_token=None), tmp_path)
     (tmp_path / "config.json").write_text('{"eos_token_id": 2}')

@@ -78,7 +78,7 @@ def write_run(directory: Path, seed: int) -> None:
         "seed": seed,
         "models": {"large": "x", "small": "y"},
         "queries": {"source": "microworld", "count": 40},
-        "as_is_reward": {},
+        "as_is_reward": {"votes": "microworld"},
         "comparisons": {
             "configurations": {name: {**prompted, "shots": 4 - i} for i, name in enumerate("ABC")},
             "model_order": ["large"],

@@ -1,5 +1,6 @@
 """Requests through the engine: the same whatever stands beside them, different from each other."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -227,6 +228,45 @@ def test_08_a_letter_that_is_begun_hides_no_stop_before_it() -> None:
         # Wherever the host looks first, and whether it looks again or the sample ends there.
         expected = 2 if look >= 2 else None
         assert stops.first(tokens[:look], 0) == expected
+
+
+def test_08_a_letter_that_is_never_finished_hides_no_stop_before_it() -> None:
+    # LLaMA's line feed is a byte too: behind it a letter that is begun, and then another one.
+    pieces = {1: b"\n", 2: b"\xf0"}
+
+    def decode(tokens: Any) -> str:
+        text, run = "", b""
+        for token in [*tokens, 0]:
+            if token:
+                run += pieces[token]
+                continue
+            try:
+                text += run.decode()
+            except UnicodeDecodeError:
+                text += "\N{REPLACEMENT CHARACTER}" * len(run)
+            text, run = text + "a", b""
+        return text[:-1]
+
+    stops, tokens = StopStrings(("\n",), decode), [0, 1, 2, 0, 0]
+    assert "\n" in decode(tokens[:2]) and "\n" not in decode(tokens)
+    assert [stops.first(tokens[:look], 0) for look in range(1, 6)] == [None, 2, 2, 2, 2]
+
+
+def test_a_run_that_is_left_in_the_middle_leaves_no_slot_behind(tiny: LlamaConfig, make_params: Any) -> None:
+    params, requests = make_params(tiny, 1), [Request(str(place), (place + 1, 2)) for place in range(6)]
+    settings = Settings(slots=3, steps_per_wake=2, refill=True, prefill_tokens=32)
+    rules = SamplingRules(1.3, 1.0, 0, 20, ())
+    engine = Engine(params, tiny, rules, settings, seed=3, prefix_tokens=())
+    left = engine.run([
+        dataclasses.replace(one, id=f"left {place}", max_new_tokens=3 + 3 * place) for place, one in enumerate(requests)
+    ])  # fmt: skip
+    next(left)
+    left.close()
+    before = engine.stats.slot_steps
+    after = list(in_order(requests, engine.run(requests)))
+    fresh = Engine(params, tiny, rules, settings, seed=3, prefix_tokens=())
+    assert [one.tokens for one in after] == [one.tokens for one in in_order(requests, fresh.run(requests))]
+    assert engine.stats.slot_steps - before == fresh.stats.slot_steps
 
 
 def test_long_prompts_are_read_by_rows_as_many_as_may_be_read(tiny: LlamaConfig, make_params: Any) -> None:

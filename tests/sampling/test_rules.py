@@ -84,6 +84,20 @@ def test_09_frequencies_pass_chi_square(vocab: int, temperature: float, top_k: i
     assert stats.chisquare(cells[1], cells[0]).pvalue > 1e-3
 
 
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (1000, 0.97)])
+def test_06_rounding_of_the_logits_hardly_moves_a_draw(top_k: int, top_p: float) -> None:
+    """Another program shape rounds logits otherwise; over a real vocabulary no token may hang on that."""
+    rng, rows, vocab = np.random.default_rng(0), 256, 50_001
+    logits = rng.normal(size=(rows, vocab)).astype(np.float32) * 3
+    noise = rng.normal(size=(rows, vocab)).astype(np.float32) * 1e-4
+    keys = jax.random.split(jax.random.key(9), rows)
+    drawn = jax.jit(draw, static_argnums=2)
+    first, other = (np.asarray(drawn(one, keys, rules(1.0, top_p, top_k))[0]) for one in (logits, logits + noise))
+    assert len(set(first.tolist())) > rows // 2, "draws must spread to prove anything"
+    # Of a running sum's edges every hundredth would move.
+    assert (first != other).sum() <= 1
+
+
 def test_logprobs_are_of_the_whole_vocabulary_at_the_sampling_temperature() -> None:
     logits = np.random.default_rng(3).normal(size=(13, 29)).astype(np.float32) * 4
     keys = jax.random.split(jax.random.key(1), 13)

@@ -87,7 +87,7 @@ def make_run(tiny_models: dict[str, str], user_demonstrations: str) -> Callable[
             "seed": 7,
             "models": tiny_models,
             "queries": {"source": "microworld", "count": 24},
-            "as_is_reward": {"pairs": 40, "held_out": 8, "training": training},
+            "as_is_reward": {"votes": "microworld", "pairs": 40, "held_out": 8, "training": training},
             "comparisons": {
                 "configurations": {"A": prompted, "B": {**prompted, "model": "small"}},
                 "model_order": ["large", "small"],
@@ -116,11 +116,14 @@ def make_run(tiny_models: dict[str, str], user_demonstrations: str) -> Callable[
             },
             "evaluation": {},
         }
+        config |= sections
+        if config["queries"]["source"] != "microworld":
+            config |= {"as_is_reward": {"votes": "none"}, "filters": {"as_is": False}}
         folder.mkdir(parents=True, exist_ok=True)
         write_world(folder)
         return Run(
             directory=folder,
-            config=ExperimentConfig.model_validate({**config, **sections}),
+            config=ExperimentConfig.model_validate(config),
             mesh=make_mesh(mesh or MeshConfig(), jax.devices()[:devices]),
             tensorboard=False,
             console=Console(file=io.StringIO(), width=200),

@@ -273,7 +273,7 @@ def test_queries_too_long_for_the_model_do_not_stop_the_others(
     run = make_run(tmp_path / "run")
     # The 128 positions hold the few-shot prompt, a query and an answer of 9 tokens.
     long, longer = "what is " + "red " * 91, "what is " + "red " * 120
-    write_records(run.path("queries.jsonl"), [*QUERIES, {"id": "l", "text": long}, {"id": "ll", "text": longer}])
+    write_records(run.path("queries.jsonl"), [*QUERIES, {"id": "l2", "text": long}, {"id": "ll", "text": longer}])
     if not lasting:
         user = run.config.demonstrations.user.model_copy(update={"model": "small"})
         played = run.config.demonstrations.model_copy(update={"user": user})
@@ -282,7 +282,7 @@ def test_queries_too_long_for_the_model_do_not_stop_the_others(
     records = {record["query_id"]: record for record in read_records(run.path("guided.jsonl"))}
     assert len(records) == summary["dialogues"] == 7 and summary["outgrown"] == 2
     assert [turn["role"] for turn in records["ll"]["turns"]] == ["human"]
-    assert [turn["role"] for turn in records["l"]["turns"]] == ["human", "assistant"]
+    assert [turn["role"] for turn in records["l2"]["turns"]] == ["human", "assistant"]
     said = run.console.file.getvalue()  # type: ignore[attr-defined]
     assert "2 of 7 dialogues ended early" in said
     assert "guided: 7 dialogues instead of the 10 of demonstrations.queries" in said

@@ -10,7 +10,7 @@ from almost_jax.config import SelfInstructConfig
 from almost_jax.errors import InputError
 from almost_jax.io.records import partial_path, read_records
 from almost_jax.io.run import Run
-from almost_jax.stages import queries
+from almost_jax.stages import queries, self_instruct
 from almost_jax.stages.instructions import Candidate, list_prompt, load_instructions, parse_list, reject
 from almost_jax.stages.self_instruct import Pool
 from almost_jax.stages.similarity import SimilarityPool, longest_common_subsequence, rouge_l, rouge_tokens
@@ -226,6 +226,16 @@ def test_28_self_instruct_resumes_to_the_same_bytes(self_instruct_run: Callable[
         assert queries.run_stage(killed) == summary
         assert path.read_bytes() == rounds
         assert killed.path("queries.jsonl").read_bytes() == whole.path("queries.jsonl").read_bytes()
+
+
+def test_28_what_is_finished_is_not_generated_again(
+    self_instruct_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+):
+    run = self_instruct_run("run")
+    summary = queries.run_stage(run)
+    before = run.path("self_instruct", "rounds.jsonl").read_bytes()
+    monkeypatch.setattr(self_instruct, "generate", None)
+    assert queries.run_stage(run) == summary and run.path("self_instruct", "rounds.jsonl").read_bytes() == before
 
 
 def test_every_candidate_is_accounted_for(self_instruct_run: Callable[..., Run]):

@@ -1,8 +1,12 @@
 """The training loop: exact resume, divergence, batches that don't fit the mesh."""
 
+import contextlib
+import gc
+import io
 import json
 import os
 import signal
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +22,7 @@ from almost_jax.core.train import Batch, TrainState, make_optimizer, make_train_
 from almost_jax.errors import InputError, TrainingDiverged
 from almost_jax.io.batches import batch_indices
 from almost_jax.io.checkpoints import find_damage
-from almost_jax.io.preemption import Preempted, stops_on_sigterm
+from almost_jax.io.preemption import Preempted, stop_between, stops_on_sigterm
 from almost_jax.io.run import Run
 from almost_jax.stages import training
 
@@ -157,6 +161,48 @@ def test_28_sigterm_stops_at_once_where_nothing_must_be_saved_and_when_it_comes_
 
     with pytest.raises(Preempted), stops_on_sigterm():
         fit(make_run(tmp_path), impatient)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_28_a_signal_whose_exception_is_lost_still_stops_where_nothing_must_be_saved() -> None:
+    def collected(phase: str, _: dict[str, int]) -> None:
+        if phase == "start":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    went_on = []
+    with pytest.raises(Preempted), stops_on_sigterm():
+        gc.callbacks.append(collected)
+        try:
+            # What a callback of the garbage collector raises is printed and dropped.
+            with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+                gc.collect()
+        finally:
+            gc.callbacks.remove(collected)
+        went_on.append(True)
+        stop_between()
+    assert went_on
+
+
+def test_28_what_is_saved_at_the_signal_is_on_disk_before_that_is_said(
+    make_run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path)
+    real, said = Run.say, []
+
+    def say(self: Run, text: str) -> None:
+        said.append((text, sorted(path.name for path in run.directory.rglob("checkpoints/[0-9]*"))))
+        real(self, text)
+
+    monkeypatch.setattr(Run, "say", say)
+
+    def at_step_two(step: int) -> dict[str, np.ndarray]:
+        if step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return batch_at(step)
+
+    with pytest.raises(Preempted), stops_on_sigterm():
+        fit(run, at_step_two)
+    assert [steps for text, steps in said if "asked to stop" in text] == [["2"]]
 
 
 def test_a_step_asks_once_whether_to_stop(
