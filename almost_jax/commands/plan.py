@@ -1,4 +1,4 @@
-"""`almost-jax plan`: compile every program of an experiment for a TPU that isn't there."""
+"""`almost-jax plan`: compile the main programs of an experiment for a TPU that isn't there."""
 
 import hashlib
 import importlib.metadata
@@ -42,7 +42,7 @@ def plan_command(
     sweep: Annotated[bool, typer.Option("--sweep", help="Try meshes and micro-batches for the SFT step.")] = False,
     jobs: Annotated[int, typer.Option(help="Programs compiled at a time.", min=1)] = max((os.cpu_count() or 2) // 2, 1),
 ) -> None:
-    """Compile every program of an experiment for a TPU topology: what fits, what travels, and floors of time.
+    """Compile the main programs of an experiment for a TPU topology: what fits, what travels, and floors of time.
 
     Needs libtpu (`pip install almost-jax[tpu]`), no TPU. Exits 1 when a program doesn't fit. Floors are what peak rates
     allow at best; they are no predictions.
