@@ -16,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from almost_jax.report.tables import FILTER_NAMES, POLICY_NAMES, Gold
 from almost_jax.report.text import one_line
@@ -26,6 +27,8 @@ VARIABLES = {INK: "--ink", MUTED: "--muted", RULE: "--rule", BLUE: "--blue", ORA
 
 WIDTH = 6.8  # inches; the page's text column
 DPI = 160
+# Distances of PPO that are drawn on a scale which is logarithmic from 1 nat on.
+FAR = 10.0
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "almost_jax",
@@ -143,7 +146,8 @@ def over_optimisation(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figu
     curves = {name: curve for name, curve in curves.items() if len(curve) > 1}
     if not curves:
         return None
-    figure = Figure(figsize=(WIDTH, 2.7))
+    figure = Figure(figsize=(WIDTH, 2.9))
+    farthest = max(point["kl"] for curve in curves.values() for point in curve)
     known = (
         ("reward", "reward model's score", BLUE),
         ("as_is", "as-is reward model's score", ORANGE),
@@ -155,28 +159,41 @@ def over_optimisation(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> Figu
             _along_ppo(axes, curve, field, {
                 "color": color, "linestyle": "--" if number else "-", "markerfacecolor": "none" if number else color,
                 "label": name,
-            })
+            }, not number)
         axes.set_title(title)
-        axes.set_xlabel("KL from the SFT policy (nats a response)", fontsize=7.5)
-        axes.margins(x=0.1, y=0.2)
-        if len(curves) > 1:
-            axes.legend(fontsize=6.5, loc="best")
+        if farthest > FAR:
+            # Near and far policies are both to be seen.
+            axes.set_xscale("symlog", linthresh=1.0)
+            ticks = [tick for tick in (0, 1, 10, 100) if tick < 3 * farthest]
+            axes.set_xticks(ticks, [str(tick) for tick in ticks])
+            axes.minorticks_off()
+        axes.margins(x=0.15, y=0.2)
+    figure.supxlabel("KL from the SFT policy (nats a response)", fontsize=8, color=MUTED)
+    if len(curves) > 1:
+        lines = [
+            Line2D([], [], color=INK, marker="o", markersize=4, linestyle="--" if number else "-",
+                   markerfacecolor="none" if number else INK, label=name)
+            for number, name in enumerate(curves)
+        ]  # fmt: skip
+        figure.legend(handles=lines, fontsize=7.5, loc="outside upper center", ncols=len(lines), frameon=False)
     return figure
 
 
-def _along_ppo(axes: Any, curve: Sequence[Mapping[str, Any]], field: str, style: Mapping[str, Any]) -> None:
-    """One run of PPO: a score with its interval at every kept step."""
+def _along_ppo(
+    axes: Any, curve: Sequence[Mapping[str, Any]], field: str, style: Mapping[str, Any], first: bool
+) -> None:
+    """One run of PPO: a score with its interval at every kept step; the `first` run says where all of them begin."""
     below = [max(point[field] - point[f"{field}_ci95"][0], 0.0) for point in curve]
     above = [max(point[f"{field}_ci95"][1] - point[field], 0.0) for point in curve]
     kl, values = [point["kl"] for point in curve], [point[field] for point in curve]
     axes.errorbar(kl, values, yerr=[below, above], marker="o", markersize=4, elinewidth=0.8, **style)
-    for point, side in ((curve[0], "left"), (curve[-1], "right")):
+    for point in (curve[0], curve[-1]) if first else (curve[-1],):
         axes.annotate(
             f"step {point['step']}",
             (point["kl"], point[field]),
-            (5 if side == "left" else -5, -11),
+            (5, -11) if point is curve[0] else (6, -3) if first else (4, 7),
             textcoords="offset points",
-            ha=side,
+            ha="left" if first else "right",
             fontsize=7.5,
             color=MUTED,
         )
