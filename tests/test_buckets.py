@@ -175,7 +175,10 @@ def test_every_key_that_names_a_file_may_name_one_in_a_bucket(
     check_inputs(config)
     seeds = load_experiment(
         bucket / "probe.yaml",
-        ["evaluation.gold=false", "queries.source=self_instruct", "queries.self_instruct.seeds=gs://shelf/s.jsonl"],
+        [
+            *("evaluation.gold=false", "as_is_reward.votes=none", "filters.as_is=false"),
+            *("queries.source=self_instruct", "queries.self_instruct.seeds=gs://shelf/s.jsonl"),
+        ],
     )
     found = {key: path for one in (config, seeds) for key, path in _files(one) if path.is_relative_to(bucket)}
     assert {path.name for path in found.values()} == {

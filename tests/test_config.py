@@ -167,9 +167,8 @@ def test_bad_overrides_are_named_with_what_would_be_right(override: str, expecte
         ("ppo.sampling.top_p=0.9", "ppo.sampling.top_p: rollouts are drawn from the whole distribution"),
         ("ppo.sampling.top_k=20", "ppo.sampling.top_k: rollouts are drawn from the whole distribution"),
         ("ppo.critic_warmup_steps=60", "ppo.critic_warmup_steps: 60 of 60 steps leave none for the policy"),
-        ("ppo={critic_warmup_steps: 10, steps: 70}", "over_optimisation.steps: ppo.critic_warmup_steps 10 leave none"),
+        ("ppo={critic_warmup_steps: 60, steps: 70}", "over_optimisation.steps: ppo.critic_warmup_steps 60 leave none"),
         ("ppo={early_stop_kl: 0.1, overlap_rollouts: true}", "ppo.early_stop_kl: with overlap_rollouts"),
-        ("queries={source: file, file: q.jsonl}", "as_is_reward.votes: the micro-world's votes are in its own"),
         ("queries.source=self_instruct", "evaluation.gold: only the micro-world has a gold score"),
         ("queries.self_instruct.min_words=200", "min_words: 200 is more than max_words 150"),
         ("as_is_reward.votes=none", "filters.as_is: there is no as-is reward model"),
@@ -179,6 +178,13 @@ def test_bad_overrides_are_named_with_what_would_be_right(override: str, expecte
 )
 def test_keys_that_disagree_are_refused(override: str, expected: str) -> None:
     assert expected in problem(MICROWORLD, override)
+
+
+def test_the_micro_worlds_votes_are_for_its_own_language() -> None:
+    said = problem(MICROWORLD, "evaluation.gold=false", "queries.source=self_instruct")
+    assert "as_is_reward.votes: the micro-world's votes are in its own language" in said
+    without = ["as_is_reward.votes=none", "filters.as_is=false"]
+    load_experiment(MICROWORLD, ["evaluation.gold=false", "queries.source=self_instruct", *without])
 
 
 def test_answers_to_the_vicuna_questions_are_drawn_as_by_the_command() -> None:
