@@ -81,8 +81,9 @@ class MeshConfig(Section):
     without it the training mesh samples too.
 
     With `explicit`, every matrix is split over data and over fsdp, gathered one axis at a time where it is used, and
-    its gradient reduce-scattered in `gradient_dtype`; the compiler decides otherwise. `remat` recomputes each layer in
-    the backward pass. `attention: splash` uses that kernel on a TPU where a program sees its own rows alone
+    its gradient reduce-scattered in `gradient_dtype`; the compiler decides otherwise. `remat` says what the
+    backward pass recomputes: nothing (`none`), all but products with weights (`dots`), whole layers (`full`).
+    `attention: splash` uses that kernel on a TPU where a program sees its own rows alone
     (`explicit`, or one device), and on a CPU takes queries in blocks over the keys that they may see. Training and
     scoring apply the head to at most `vocab_chunk` entries of the vocabulary at a time, so that no array of batch x
     length x vocabulary stands in memory; 0 for all at once, as smaller vocabularies are. On a CPU `vocab_chunk_cpu`

@@ -26,8 +26,7 @@ from almost_jax.commands.places import (
 from almost_jax.config import MeshConfig, SamplingConfig
 from almost_jax.core.partitioning import make_mesh
 from almost_jax.errors import InputError
-from almost_jax.evaluation.benchmarks import model_digest
-from almost_jax.io.models import Model, load_model
+from almost_jax.io.models import Model, load_model, model_digest
 from almost_jax.io.records import (
     Record,
     RecordWriter,
@@ -48,9 +47,9 @@ _DEFAULTS = SamplingConfig()
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A line of the input: its number, its id, its text and its own limit, if it has one."""
+    """A line of the input: the file and its number, its id, its text and its own limit, if it has one."""
 
-    line: int
+    where: str
     id: str
     text: str
     max_new_tokens: int | None
@@ -183,7 +182,7 @@ def read_prompts(path: Path) -> list[Prompt]:
         if str(name) in seen:
             raise InputError(f"{where}: id {name!r} stands in line {seen[str(name)]} too; samples depend on it")
         seen[str(name)] = number
-        found.append(Prompt(number, str(name), text, limit))
+        found.append(Prompt(where, str(name), text, limit))
     return found
 
 
@@ -220,7 +219,7 @@ def generate_file(model: Model, prompts: Sequence[Prompt], out: Path, sampling: 
         try:
             check_requests(own[:1], model.config, most, len(prefix), ())
         except InputError as error:
-            raise InputError(f"line {prompt.line} of the prompts: {error}") from error
+            raise InputError(f"{prompt.where}: {error}") from error
         requests += own
         digests.update(dict.fromkeys([one.id for one in own], sampling.digest(digest, tokens, limit)))
     rules = dataclasses.replace(sampling.rules, max_new_tokens=most)

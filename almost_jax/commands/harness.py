@@ -21,7 +21,7 @@ def harness_command(
 
         import almost_jax.evaluation.harness  # noqa: F401 (registers the class)
     except ModuleNotFoundError as error:
-        raise InputError(f"lm-eval: {error.name} is missing; pip install 'almost-jax[eval]'") from error
+        raise InputError(f"lm-eval: {error.name} is missing; pip install -e '.[eval]' in its source") from error
     before = sys.argv
     sys.argv = ["lm_eval", *map(_on_disk, arguments or [])]
     try:

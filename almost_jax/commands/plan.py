@@ -44,7 +44,7 @@ def plan_command(
 ) -> None:
     """Compile the main programs of an experiment for a TPU topology: what fits, what travels, and floors of time.
 
-    Needs libtpu (`pip install almost-jax[tpu]`), no TPU. Exits 1 when a program doesn't fit. Floors are what peak rates
+    Needs libtpu (`pip install -e '.[tpu]'`), no TPU. Exits 1 when a program doesn't fit. Floors are what peak rates
     allow at best; they are no predictions.
     """
     config = load_experiment(experiment, overrides or [])
@@ -154,7 +154,7 @@ def _check_libtpu() -> None:
     try:
         importlib.metadata.version("libtpu")
     except importlib.metadata.PackageNotFoundError:
-        raise InputError("plan: needs the TPU compiler, libtpu: pip install 'almost-jax[tpu]'") from None
+        raise InputError("plan: needs the TPU compiler, libtpu: pip install -e '.[tpu]' in its source") from None
 
 
 def _sweep_points(config: ExperimentConfig, topology: Topology) -> list[tuple[str, ExperimentConfig]]:

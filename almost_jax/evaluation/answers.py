@@ -11,9 +11,8 @@ from pathlib import Path
 
 from almost_jax.config import PromptedModel, SamplingConfig
 from almost_jax.errors import InputError
-from almost_jax.evaluation.benchmarks import model_digest
 from almost_jax.io.distributed import from_primary
-from almost_jax.io.models import Model
+from almost_jax.io.models import Model, model_digest
 from almost_jax.io.records import Record, RecordWriter, read_records
 from almost_jax.sampling.engine import Engine, Request, in_order
 from almost_jax.stages.prompting import (

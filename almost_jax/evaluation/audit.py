@@ -140,7 +140,7 @@ def _responses(run: Run, queries: Sequence[Record]) -> list[Record]:
         with run.progress("audit", len(expected), len(writer.done)) as progress:
             for name in plan:
                 already = sum(f"{name}/{query['id']}" in writer.done for query in queries)
-                for record in respond_as(run, name, queries, already):
+                for record in respond_as(run, "audit", name, queries, already):
                     writer.write(record)
                     progress.advance()
         writer.finish()

@@ -5,6 +5,7 @@ kind, the normalisation of a reward model's scores) and the tokenizer's files. I
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -221,6 +222,28 @@ def is_complete(folder: Path) -> bool:
         )
     except (OSError, ValueError, TypeError, AttributeError):
         return False
+
+
+def model_digest(model: Model) -> str:
+    """What tells this model from others: its shape, its tokenizer, how it is scored, and a sum over each parameter."""
+    sums = jax.device_get(_sums(model.params))
+    numbers = [model.kind, model.reward_mean, model.reward_std, model.score_at_end, *map(int, sums)]
+    content = json.dumps([dataclasses.asdict(model.config), model.tokenizer.fingerprint, numbers])
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+@jax.jit
+def _sums(params: Any) -> list[jax.Array]:
+    # Of the bits, each times an odd number of its place: whole numbers add up alike however devices share them.
+    def total(leaf: jax.Array) -> jax.Array:
+        bits = jax.lax.bitcast_convert_type(leaf.astype(jnp.float32), jnp.uint32)
+        place, stride = jnp.ones(leaf.shape, jnp.uint32), 2
+        for axis in reversed(range(leaf.ndim)):
+            place = place + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis) * jnp.uint32(stride % 2**32)
+            stride *= leaf.shape[axis]
+        return jnp.sum(bits * place, dtype=jnp.uint32)
+
+    return [total(leaf) for leaf in jax.tree.leaves(params)]
 
 
 def saved_config(folder: Path) -> LlamaConfig:

@@ -136,7 +136,7 @@ def run_responses(run: Run) -> dict[str, Any]:
         with run.progress("responses", len(plan) * len(queries), done) as progress, jax.set_mesh(run.sampling_mesh):
             for place, name in enumerate(plan):
                 already = min(max(done - place * len(queries), 0), len(queries))
-                for record in respond_as(run, name, queries, already):
+                for record in respond_as(run, "responses", name, queries, already):
                     writer.write(record)
                     progress.advance()
         writer.finish()
@@ -262,8 +262,10 @@ def _check_resumed(done: Iterable[str], expected: Iterator[str], path: str) -> N
         raise InputError(f"{path}: was begun with other queries or configurations; delete it to start anew")
 
 
-def respond_as(run: Run, name: str, queries: Sequence[Mapping[str, Any]], already: int) -> Iterator[dict[str, Any]]:
-    """The response records of one configuration to each query after the first `already`."""
+def respond_as(
+    run: Run, stage: str, name: str, queries: Sequence[Mapping[str, Any]], already: int
+) -> Iterator[dict[str, Any]]:
+    """The response records of one configuration to each query after the first `already`, for a stage."""
     if already == len(queries):
         return
     prompted = run.config.comparisons.configurations[name]
@@ -285,7 +287,7 @@ def respond_as(run: Run, name: str, queries: Sequence[Mapping[str, Any]], alread
             "seed": seed,
             "finish": reply.finish,
         }
-    run.say(f"responses: {name}: {responder.stats.line()}")
+    run.say(f"{stage}: {name}: {responder.stats.line()}")
 
 
 def _compare(

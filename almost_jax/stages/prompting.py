@@ -145,20 +145,6 @@ class Responder:
         return tuple(prompt_tokens(self._tokenizer, turns))
 
 
-def respond(
-    model: Model,
-    demonstrations_text: str,
-    requests: Sequence[DialogueRequest],
-    *,
-    next_role: Role,
-    sampling: SamplingConfig,
-    seed: int,
-) -> Iterator[Reply]:
-    """Sample the next turn of every dialogue once: a `Responder` for these requests alone."""
-    responder = Responder(model, demonstrations_text, next_role=next_role, sampling=sampling, seed=seed)
-    return responder.respond(requests)
-
-
 def sampling_rules(sampling: SamplingConfig, stop_tokens: tuple[int, ...]) -> SamplingRules:
     """The sampler's rules for a config and the tokens that end a completion."""
     return SamplingRules(

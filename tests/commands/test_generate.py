@@ -144,7 +144,7 @@ def test_bad_options_are_named(tmp_path: Path, capsys: Any, folder: Path) -> Non
         (("--top-p", 0), "--top-p 0.0: must be above 0 and at most 1"),
         (("--stop", ""), "--stop: is empty"),
         (("--prefix-file", tmp_path / "none.txt"), "none.txt: can't be read"),
-        (("--max-new-tokens", 3000), "line 1 of the prompts: request 'one/0': prefix 0 + prompt 2 + max_new"),
+        (("--max-new-tokens", 3000), "prompts.jsonl, line 1: request 'one/0': prefix 0 + prompt 2 + max_new_tokens"),
         (("--temperature", "nan"), "'--temperature'"),
         (("--seed", 2**32), "'--seed'"),
     ]:

@@ -12,9 +12,9 @@ import pytest
 from almost_jax import cli
 from almost_jax.commands.places import one_device
 from almost_jax.errors import InputError
-from almost_jax.evaluation import benchmarks, choices, hhh, truthfulqa
+from almost_jax.evaluation import choices, hhh, truthfulqa
 from almost_jax.evaluation.benchmarks import BENCHMARKS, evaluate
-from almost_jax.io.models import Model, load_model
+from almost_jax.io.models import Model, load_model, model_digest
 from almost_jax.sampling.scoring import completion_logprobs
 from almost_jax.stages.reward import RewardScorer
 
@@ -187,7 +187,7 @@ def test_28_an_interrupted_evaluation_goes_on_and_ends_with_the_same_bytes(
     evaluate(watched, policy, COMPARISONS, 2, torn, lambda done, total: None)
     assert torn.read_bytes() == whole.read_bytes() and len(asked) == 3
     other = dataclasses.replace(policy, params=jax.tree.map(lambda leaf: leaf * 1.01, policy.params))
-    assert benchmarks.model_digest(other) != benchmarks.model_digest(policy)
+    assert model_digest(other) != model_digest(policy)
 
 
 def test_the_command_writes_figures_and_items(

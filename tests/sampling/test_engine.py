@@ -1,6 +1,7 @@
 """Requests through the engine: the same whatever stands beside them, different from each other."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -205,9 +206,11 @@ def test_08_stop_strings_are_found_and_cut_to_the_token(tiny: LlamaConfig, make_
         StopStrings(("a", ""), spelled)
 
 
-def test_08_a_letter_that_is_begun_hides_no_stop_before_it() -> None:
-    # As tokenizers that fall back to bytes do: a run of them is letters once all are whole, and none before.
-    pieces = {0: b"a", 1: b"\n", 2: b"\xf0", 3: b"\x9f", 4: b"\x98", 5: b"\x80"}
+def byte_decoder(pieces: dict[int, bytes]) -> Callable[[Any], str]:
+    """As tokenizers that fall back to bytes decode: a run of them is letters once all are whole, and none before.
+
+    Token 0 is the letter a, the others are the bytes in `pieces`.
+    """
 
     def decode(tokens: Any) -> str:
         text, run = "", b""
@@ -222,6 +225,11 @@ def test_08_a_letter_that_is_begun_hides_no_stop_before_it() -> None:
             text, run = text + "a", b""
         return text[:-1]
 
+    return decode
+
+
+def test_08_a_letter_that_is_begun_hides_no_stop_before_it() -> None:
+    decode = byte_decoder({1: b"\n", 2: b"\xf0", 3: b"\x9f", 4: b"\x98", 5: b"\x80"})
     stops, tokens = StopStrings(("\n",), decode), [0, 1, 2, 3, 4, 5, 0]
     assert decode(tokens) == "a\n\N{GRINNING FACE}a" and "\n" not in decode(tokens[:4])
     for look in range(1, len(tokens)):
@@ -232,21 +240,7 @@ def test_08_a_letter_that_is_begun_hides_no_stop_before_it() -> None:
 
 def test_08_a_letter_that_is_never_finished_hides_no_stop_before_it() -> None:
     # LLaMA's line feed is a byte too: behind it a letter that is begun, and then another one.
-    pieces = {1: b"\n", 2: b"\xf0"}
-
-    def decode(tokens: Any) -> str:
-        text, run = "", b""
-        for token in [*tokens, 0]:
-            if token:
-                run += pieces[token]
-                continue
-            try:
-                text += run.decode()
-            except UnicodeDecodeError:
-                text += "\N{REPLACEMENT CHARACTER}" * len(run)
-            text, run = text + "a", b""
-        return text[:-1]
-
+    decode = byte_decoder({1: b"\n", 2: b"\xf0"})
     stops, tokens = StopStrings(("\n",), decode), [0, 1, 2, 0, 0]
     assert "\n" in decode(tokens[:2]) and "\n" not in decode(tokens)
     assert [stops.first(tokens[:look], 0) for look in range(1, 6)] == [None, 2, 2, 2, 2]

@@ -1,5 +1,6 @@
 import dataclasses
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -21,7 +22,6 @@ from almost_jax.stages.prompting import (
     Responder,
     cut,
     reply,
-    respond,
     stop_strings,
     stop_tokens,
 )
@@ -62,6 +62,10 @@ def scripted(tokenizer: Tokenizer, script: dict[str, str]) -> Model:
         follows = follows.at[ids[0], ids[1]].set(9.0)
     params["lm_head"] = {"kernel": follows}
     return Model(config=config, params=params, tokenizer=tokenizer, kind="policy", name="scripted")
+
+
+def respond(model: Model, demonstrations: str, requests: Any, **more: Any) -> Iterator[Reply]:
+    return Responder(model, demonstrations, **more).respond(requests)
 
 
 def answer(model: Model, demonstrations: str, sampling: SamplingConfig = GREEDY) -> Reply:
