@@ -126,8 +126,8 @@ def test_04_07_logprobs_equal_rescoring_in_any_batch(model: Model) -> None:
             model.params, model.config, prompts[place : place + 1], rows[place : place + 1],
             temperature=0.7, batch_size=1, multiple=64,
         )  # fmt: skip
-        # Logits of 20 to 30 over a temperature of 0.7 are themselves told apart by 2e-6 to 4e-6: programs of other shapes
-        # differ by 1.5e-5 here (1e-5 holds on the tiny models).
+        # Logits of 20 to 30 over a temperature of 0.7 are told apart by 2e-6 to 4e-6 themselves: programs of other
+        # shapes differ by 1.5e-5 here (1e-5 holds on the tiny models).
         np.testing.assert_allclose(single[0], together[place], atol=3e-5)
 
 
