@@ -124,7 +124,8 @@ class SamplingConfig(Section):
 
     How fast, but not what: `batch_size` requests run at once, each in a slot; every `steps_per_wake` tokens the host
     looks for what has ended and, with `refill`, gives free slots to the next requests; prompts are read
-    `prefill_tokens` at a time.
+    `prefill_tokens` at a time. Slots run empty only at the end of every `group_batches` batches of requests, which are
+    what a stopped stage samples again at most.
     """
 
     temperature: NonNegative = 1.0
@@ -136,6 +137,7 @@ class SamplingConfig(Section):
     steps_per_wake: PositiveInt = 8
     refill: Flag = True
     prefill_tokens: PositiveInt = 2048
+    group_batches: PositiveInt = 4
 
 
 class AnswersConfig(SamplingConfig):
@@ -397,7 +399,8 @@ class DemonstrationsConfig(Section):
 
     `baseline` also plays without the reward model, for the ablation. A user's turn that begins or ends with one of
     `farewells` ends the dialogue before it. With `reuse_cache` a dialogue's next turn goes on from what was read of it,
-    where both sides are one model: less to read, for the memory of every candidate's keys and values.
+    where both sides are one model: less to read, for the memory of every candidate's keys and values. So many dialogues
+    are played at once as `batch_size` says; where nothing is kept, `group_batches` times as many.
     """
 
     assistant: PromptedModel

@@ -26,7 +26,7 @@ NEUTRAL = (
     *(
         f"{section}.{key}"
         for section in ("sampling", "user_sampling")
-        for key in ("batch_size", "steps_per_wake", "refill", "prefill_tokens")
+        for key in ("batch_size", "steps_per_wake", "refill", "prefill_tokens", "group_batches")
     ),
     *("hhh.batch_size", "truthfulqa.batch_size"),
     *("micro_batches", "judge_micro_batches", "checkpoint_every", "log_every"),

@@ -16,11 +16,11 @@ from almost_jax.io.models import Model, model_digest
 from almost_jax.io.records import Record, RecordWriter, read_records
 from almost_jax.sampling.engine import Engine, Request, in_order
 from almost_jax.stages.prompting import (
-    GROUP_BATCHES,
     DialogueRequest,
     Reply,
     Responder,
     engine_settings,
+    group_size,
     reply,
     sampling_rules,
 )
@@ -59,7 +59,7 @@ def answer(
     if from_primary(path.exists):
         return read_records(path)
     with RecordWriter(path, key=lambda record: json.dumps(record["question_id"])) as writer:
-        size = GROUP_BATCHES * sampling.batch_size
+        size = group_size(sampling)
         reply_to = _replier(model, asked, prompt, sampling, seed)
         for first in range(0, len(questions), size):
             group = questions[first : first + size]

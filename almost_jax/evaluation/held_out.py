@@ -27,12 +27,12 @@ from almost_jax.sampling.scoring import completion_logprobs
 from almost_jax.stages.dialogues import prompt_tokens
 from almost_jax.stages.instructions import load_instructions
 from almost_jax.stages.prompting import (
-    GROUP_BATCHES,
     PROMPT_MULTIPLE,
     DialogueRequest,
     Reply,
     Responder,
     engine_settings,
+    group_size,
     reply,
     sampling_rules,
     stop_tokens,
@@ -196,7 +196,7 @@ def score_systems(run: Run, judged: Sequence[System], truth: Truth | None) -> li
 def _missing_items(system: System, scorers: Scorers, done: set[str]) -> Iterator[Item]:
     """Sample and score the responses of a system that aren't in `done`, group by group."""
     requests = _requests(system)
-    size = GROUP_BATCHES * system.sampling.batch_size
+    size = group_size(system.sampling)
     groups = [requests[start : start + size] for start in range(0, len(requests), size)]
     groups = [group for group in groups if any(_key(system.name, request_id) not in done for request_id, _ in group)]
     if not groups:

@@ -27,8 +27,10 @@ from almost_jax.sampling.sampler import Drawn, Slots, request_keys
 from almost_jax.sampling.stats import Stats
 from almost_jax.sampling.stops import StopStrings
 
-# The fewest tokens of a prompt, and in a slot, that programs are compiled for.
+# The tokens of a prompt, and in a slot, from which programs are compiled for more and more; and those of a prompt that
+# is short, as queries behind a few-shot prefix are.
 _PROMPT, _ROOM = 32, 64
+_SHORT = 16
 # Free slots are given away when one in so many is free: to read one prompt costs nearly as much as to read a few.
 _REFILLED = 8
 
@@ -173,7 +175,8 @@ class Engine:
         by_width: dict[tuple[int, bool], list[tuple[int, list[Request]]]] = {}
         for (prompt, parent), own in forks.items():
             start = self._known(prompt, parent)
-            width = bucket_size(len(prompt) - start, _PROMPT)
+            new = len(prompt) - start
+            width = _SHORT if new <= _SHORT else bucket_size(new, _PROMPT)
             by_width.setdefault((width, start > 0), []).append((start, own))
         groups = []
         for (width, _), own_forks in by_width.items():

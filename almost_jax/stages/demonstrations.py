@@ -19,7 +19,7 @@ from almost_jax.io.models import Model
 from almost_jax.io.records import Record, RecordWriter, read_records
 from almost_jax.io.run import Run
 from almost_jax.sampling.selection import best_of
-from almost_jax.stages.prompting import DialogueRequest, Reply, Responder
+from almost_jax.stages.prompting import DialogueRequest, Reply, Responder, group_size
 from almost_jax.stages.reward import RewardScorer, load_reward_model
 from almost_jax.stages.templates import Role, Turn, demonstrations_text
 
@@ -74,14 +74,12 @@ class Speaker:
             self._responder = responder
         return responder
 
-    def reply(self, requests: Sequence[DialogueRequest], role: Role) -> Sequence[Reply | None]:
-        """The next turn of every dialogue, in their order; None where it and the dialogue may not fit."""
+    def reply(self, requests: Sequence[DialogueRequest], role: Role) -> Iterable[Reply | None]:
+        """The next turn of every dialogue, in their order, as they finish; None where it may not fit."""
         responder = self.responder(role)
         if not self.lasting:
             requests = [dataclasses.replace(request, keep=False, parent=None) for request in requests]
-        fits = [responder.fits(request.turns) for request in requests]
-        replies = iter(responder.respond([one for one, fit in zip(requests, fits, strict=True) if fit]))
-        return [next(replies) if fit else None for fit in fits]
+        return responder.respond_where_it_fits(requests)
 
     def figures(self) -> str:
         """What it has sampled, in one line; "" where it was loaded anew for every turn."""
@@ -140,21 +138,21 @@ def play(run: Run, name: str, n: int, scorer: RewardScorer | None) -> dict[str, 
     lasting = config.assistant.model == config.user.model
     assistant = _speaker(run, config.assistant, config.sampling, f"{name}/assistant", lasting)
     user = _speaker(run, config.user, config.user_sampling, f"{name}/user", lasting)
-    chunk = max(config.sampling.batch_size, config.user_sampling.batch_size)
+    chunk = _played_at_once(config, lasting)
     if queries:
         _check_some_fit(queries, assistant)
     with RecordWriter(path, key=lambda record: record["query_id"]) as writer:
         if not writer.done <= set(expected):
             raise InputError(f"{path}.partial: was begun with other queries; delete it to start anew")
-        with run.progress(name, len(queries), len(writer.done)) as progress:
-            for start in range(0, len(queries), chunk):
-                part = queries[start : start + chunk]
-                if all(query["id"] in writer.done for query in part):
-                    continue
-                for dialogue in play_chunk(part, assistant, user, n, config, scorer, evaluation):
+        parts = [queries[start : start + chunk] for start in range(0, len(queries), chunk)]
+        torn = [part for part in parts if not all(query["id"] in writer.done for query in part)]
+        turns = _turns(config)
+        played = len(queries) - sum(map(len, torn))
+        with run.progress(f"{name}: turns", len(queries) * turns, played * turns) as progress:
+            for part in torn:
+                for dialogue in play_chunk(part, assistant, user, n, config, scorer, evaluation, progress.advance):
                     if dialogue.query_id not in writer.done:
                         writer.write(demonstration_record(dialogue))
-                        progress.advance()
         writer.finish()
     for role, speaker in (("assistant", assistant), ("user", user)):
         if speaker.figures():
@@ -176,12 +174,14 @@ def play_chunk(
     config: DemonstrationsConfig,
     scorer: RewardScorer | None,
     evaluation: frozenset[str],
+    advance: Callable[[int], None],
 ) -> list[Dialogue]:
     """Play one dialogue per query, all of them turn by turn.
 
     A dialogue ends after `max_turns` assistant turns, at a user turn that is empty, says farewell or is an evaluation
     query, when no candidate says anything, or when another turn may not fit into the speaker's positions. The last turn
-    is the assistant's, save in a dialogue that never got an answer.
+    is the assistant's, save in a dialogue that never got an answer. `advance` is told of turns as they are said, and of
+    all that a dialogue might have had when it ends early.
     """
     dialogues = [
         Dialogue(query["id"], [{"role": "human", "text": query["text"]}], [[]]) for query in queries
@@ -200,23 +200,29 @@ def play_chunk(
             ]
             heard = {dialogue.query_id: f"{dialogue.query_id}/{turn}" for dialogue in playing} if keep else {}
             for dialogue, asked in zip(playing, user.reply(requests, "human"), strict=True):
+                advance(1)
                 if asked is None:
                     dialogue.end(outgrown=True)
                 elif _goes_on(asked.text, config.farewells, evaluation):
                     dialogue.add("human", asked.text, [])
                 else:
                     dialogue.end()
-            playing = [dialogue for dialogue in playing if dialogue.open]
+            playing = _still_open(playing, _turns(config) - 2 * turn, advance)
         requests = [
             DialogueRequest(f"{name}/{turn}/{candidate}", dialogue.turns, keep, said.get(name))
             for name, dialogue in ((dialogue.query_id, dialogue) for dialogue in playing)
             for candidate in range(n)
         ]
-        answers = assistant.reply(requests, "assistant")
+        answers: list[Reply | None] = []
+        for answer in assistant.reply(requests, "assistant"):
+            answers.append(answer)
+            if len(answers) % n == 0:
+                advance(1)
+        left = _turns(config) - 2 * turn - 1
         for place, dialogue in enumerate(playing):
             if answers[place * n] is None:
                 dialogue.end(outgrown=True)
-        playing = [dialogue for dialogue in playing if dialogue.open]
+        playing = _still_open(playing, left, advance)
         texts = [answer.text for answer in answers if answer is not None]
         assistant.forget(said.values())
         said = {}
@@ -229,6 +235,7 @@ def play_chunk(
                 place = [candidate["text"] for candidate in candidates].index(chosen)
                 if keep:
                     said[dialogue.query_id] = f"{dialogue.query_id}/{turn}/{place}"
+        playing = _still_open(playing, left, advance)
         # What the other candidates said leads nowhere.
         assistant.forget({request.id for request in requests} - set(said.values()))
     assistant.forget()
@@ -326,6 +333,28 @@ def _check_some_fit(queries: Sequence[Record], assistant: Speaker) -> None:
 def _speaker(run: Run, prompted: PromptedModel, sampling: SamplingConfig, seed: str, lasting: bool) -> Speaker:
     load = partial(run.model, prompted.model)
     return Speaker(load, demonstrations_text(prompted), sampling, run.seed(seed), lasting)
+
+
+def _played_at_once(config: DemonstrationsConfig, lasting: bool) -> int:
+    """How many dialogues are played at once: as many as keep slots full, where that takes no memory."""
+    both = config.sampling, config.user_sampling
+    if lasting and config.reuse_cache and config.max_turns > 1:
+        return max(sampling.batch_size for sampling in both)
+    return max(map(group_size, both))
+
+
+def _turns(config: DemonstrationsConfig) -> int:
+    """The turns that a dialogue may have behind its query."""
+    return 2 * config.max_turns - 1
+
+
+def _still_open(dialogues: Sequence[Dialogue], left: int, advance: Callable[[int], None]) -> list[Dialogue]:
+    """Those that go on; `advance` is told of the `left` turns that each of the others won't have."""
+    found = [dialogue for dialogue in dialogues if dialogue.open]
+    ended = len(dialogues) - len(found)
+    if ended and left:
+        advance(ended * left)
+    return found
 
 
 def _goes_on(asked: str, farewells: Collection[str], evaluation: frozenset[str]) -> bool:

@@ -15,9 +15,6 @@ from almost_jax.sampling.stops import StopStrings
 from almost_jax.stages.dialogues import prompt_tokens
 from almost_jax.stages.templates import LABELS, SEPARATOR, Role, Turn, own_words, query_prompt, whole_sentences
 
-# Requests are answered in groups of so many batches: a stopped stage repeats a torn group from its beginning, so that
-# every request runs in the company, and by the programs, in which it would have run.
-GROUP_BATCHES = 4
 # Texts that are scored are padded to a multiple of this many tokens, so that few shapes are compiled.
 PROMPT_MULTIPLE = 16
 
@@ -73,7 +70,7 @@ class Responder:
         self._trim = self._vanilla and sampling.trim_unfinished
         prefix = _bos(tokenizer) + tokenizer.encode(demonstrations_text) if self._vanilla else []
         self._positions, self._taken = model.config.max_position_embeddings, len(prefix) + sampling.max_new_tokens
-        self._group = GROUP_BATCHES * sampling.batch_size
+        self._group = group_size(sampling)
         self._needs = f"few-shot prompt {len(prefix)} + max_new_tokens {sampling.max_new_tokens}"
         self._engine = Engine(
             model.params,
@@ -87,7 +84,7 @@ class Responder:
 
     def fits(self, turns: Sequence[Turn]) -> bool:
         """Whether a dialogue and its longest next turn fit into the model's positions."""
-        return self._taken + len(self._prompt(turns)) <= self._positions
+        return self._has_room(self._prompt(turns))
 
     def respond(self, requests: Sequence[DialogueRequest]) -> Iterator[Reply]:
         """Sample the next turn of every dialogue, whose last turn must not be the responder's own.
@@ -96,30 +93,24 @@ class Responder:
             The replies in the order of the requests, as they finish.
 
         Raises:
-            InputError: a dialogue and its longest next turn don't fit into the model's positions, see `fits`.
+            InputError: a dialogue and its longest next turn don't fit into the model's positions; nothing was sampled.
         """
-        self.check(requests)
-        asked = [Request(one.id, self._prompt(one.turns), keep=one.keep, parent=one.parent) for one in requests]
-        done = in_order(asked, self._engine.run(asked))
-        return (reply(self._tokenizer, one, self._stops, self._trim) for one in done)
+        return self._sampled(self._checked(requests))
+
+    def respond_where_it_fits(self, requests: Sequence[DialogueRequest]) -> Iterator[Reply | None]:
+        """`respond`, with None for a dialogue that and its longest next turn don't fit."""
+        asked = self._encoded(requests)
+        fits = [self._has_room(one.prompt) for one in asked]
+        replies = self._sampled([one for one, fit in zip(asked, fits, strict=True) if fit])
+        return (next(replies) if fit else None for fit in fits)
 
     def respond_from(self, requests: Sequence[DialogueRequest], already: int) -> Iterator[Reply]:
         """`respond`, group by group, to the requests behind the first `already`, which have their replies."""
-        self.check(requests)
-        for start in range(already // self._group * self._group, len(requests), self._group):
-            for place, found in enumerate(self.respond(requests[start : start + self._group]), start=start):
+        asked = self._checked(requests)
+        for start in range(already // self._group * self._group, len(asked), self._group):
+            for place, found in enumerate(self._sampled(asked[start : start + self._group]), start=start):
                 if place >= already:
                     yield found
-
-    def check(self, requests: Sequence[DialogueRequest]) -> None:
-        """Refuse dialogues that don't fit, before anything is sampled.
-
-        Raises:
-            InputError: names the request, what it takes and what there is.
-        """
-        for one in requests:
-            if not self.fits(one.turns):
-                raise InputError(f"request {one.id!r}: {self.too_long(one.turns)}")
 
     def too_long(self, turns: Sequence[Turn]) -> str:
         """What to say of a dialogue that doesn't fit."""
@@ -138,6 +129,27 @@ class Responder:
         """Free what was kept of some requests, or of all."""
         self._engine.forget(ids)
 
+    def _checked(self, requests: Sequence[DialogueRequest]) -> list[Request]:
+        """The requests in tokens; one that doesn't fit is refused, with what it takes and what there is."""
+        asked = self._encoded(requests)
+        for one, request in zip(asked, requests, strict=True):
+            if not self._has_room(one.prompt):
+                raise InputError(f"request {request.id!r}: {self.too_long(request.turns)}")
+        return asked
+
+    def _encoded(self, requests: Sequence[DialogueRequest]) -> list[Request]:
+        """The requests in tokens; a dialogue that many of them go on from is encoded once."""
+        prompts = {id(one.turns): one.turns for one in requests}
+        known = {place: self._prompt(turns) for place, turns in prompts.items()}
+        return [Request(one.id, known[id(one.turns)], keep=one.keep, parent=one.parent) for one in requests]
+
+    def _sampled(self, asked: Sequence[Request]) -> Iterator[Reply]:
+        done = in_order(asked, self._engine.run(asked))
+        return (reply(self._tokenizer, one, self._stops, self._trim) for one in done)
+
+    def _has_room(self, prompt: Sequence[int]) -> bool:
+        return self._taken + len(prompt) <= self._positions
+
     def _prompt(self, turns: Sequence[Turn]) -> tuple[int, ...]:
         if self._vanilla:
             return tuple(self._tokenizer.encode_behind(query_prompt(turns, self._role), plain=True))
@@ -154,6 +166,15 @@ def sampling_rules(sampling: SamplingConfig, stop_tokens: tuple[int, ...]) -> Sa
         max_new_tokens=sampling.max_new_tokens,
         stop_tokens=stop_tokens,
     )
+
+
+def group_size(sampling: SamplingConfig) -> int:
+    """How many requests are answered together.
+
+    A stopped stage repeats a torn group from its beginning, so that every request runs in the company, and by the
+    programs, in which it would have run.
+    """
+    return sampling.group_batches * sampling.batch_size
 
 
 def engine_settings(sampling: SamplingConfig) -> Settings:

@@ -51,7 +51,7 @@ QUERIES = [{"id": f"q{i}", "text": f"query {i}"} for i in range(5)]
 
 
 def played(assistant: Scripted, user: Scripted, n: int, scorer: Any, evaluation: Sequence[str] = ()) -> list[Any]:
-    dialogues = play_chunk(QUERIES, assistant, user, n, CONFIG, scorer, frozenset(evaluation))
+    dialogues = play_chunk(QUERIES, assistant, user, n, CONFIG, scorer, frozenset(evaluation), lambda turns: None)
     return [demonstrations.demonstration_record(dialogue) for dialogue in dialogues]
 
 
