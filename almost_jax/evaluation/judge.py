@@ -192,15 +192,18 @@ class Judge:
         refused: dict[str, Reply] = {}
         with httpx2.Client(headers=headers, timeout=self.endpoint.timeout) as client:
             pool = ThreadPoolExecutor(self.endpoint.concurrency)
+            closing = threading.Event()
             try:
-                asked = {pool.submit(self._one, client, name, bodies[name]): name for name in missing}
+                asked = {pool.submit(self._one, client, name, bodies[name], closing): name for name in missing}
                 for future in as_completed(asked):
                     try:
                         found[asked[future]] = future.result()
                     except _Refused as fault:
                         refused[asked[future]] = Reply("", refused=str(fault))
             finally:
-                # After a refusal or Ctrl-C: nothing new is sent, replies under way are still kept.
+                # After a refusal, Ctrl-C or SIGTERM: nothing new is sent, nobody waits to try again, replies under way
+                # are still kept.
+                closing.set()
                 pool.shutdown(cancel_futures=True)
         if refused and not any(reply.text for reply in found.values()):
             # Then it isn't the items.
@@ -242,21 +245,27 @@ class Judge:
             stored["refused"] = reply.refused
         write_bytes(self.cache / f"{name}.json", json.dumps(stored).encode())
 
-    def _one(self, client: httpx2.Client, name: str, body: dict[str, Any]) -> Reply:
+    def _one(self, client: httpx2.Client, name: str, body: dict[str, Any], closing: threading.Event) -> Reply:
         growing = tenacity.wait_random_exponential(multiplier=self.endpoint.pause, max=60)
 
         def pause(state: tenacity.RetryCallState) -> float:
             fault = state.outcome.exception() if state.outcome else None
             return max(growing(state), fault.after if isinstance(fault, _Passing) else 0.0)
 
+        def send() -> Reply:
+            if closing.is_set():
+                raise _Passing("stopped before it was asked again")
+            return self._send(client, body)
+
         retrying = tenacity.Retrying(
-            stop=tenacity.stop_after_attempt(self.endpoint.attempts),
+            sleep=tenacity.sleep_using_event(closing),
+            stop=tenacity.stop_after_attempt(self.endpoint.attempts) | tenacity.stop_when_event_set(closing),
             wait=pause,
             retry=tenacity.retry_if_exception_type(_Passing),
             reraise=True,
         )
         try:
-            reply = retrying(self._send, client, body)
+            reply = retrying(send)
         except (_Passing, _CapReached) as error:
             return Reply(None, str(error))
         self._keep(name, reply)

@@ -7,7 +7,9 @@ checkpoint (its writer was killed, a file was cut) is passed over in favour of t
 holds another tree.
 """
 
+import functools
 import hashlib
+import itertools
 import json
 import shutil
 import sys
@@ -22,6 +24,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from almost_jax.errors import InputError
+from almost_jax.io.distributed import from_primary, on_all
 from almost_jax.io.folders import check_room, refusal
 from almost_jax.io.records import write_bytes
 
@@ -29,6 +32,8 @@ FILES = "files.json"
 TREE, EXTRA = "tree", "extra.json"
 # Orbax gives up on a write that takes longer; a large model on a slow disk may take hours.
 WRITING_SECONDS = 24 * 3600
+# Saves that this process has begun.
+_saves = itertools.count()
 
 
 def to_stderr(line: str) -> None:
@@ -221,10 +226,12 @@ class Checkpoints:
         self.wait()
         failure: Exception | None = None
         passed_over: set[int] = set()
-        for step in reversed(self._on_disk()):
+        # One process looks, so that all go on from the same one, and the files are read once more by one alone.
+        for step in from_primary(lambda: self._on_disk()[::-1]):
             folder = self.directory / str(step)
-            damage = find_damage(folder)
+            damage = from_primary(functools.partial(find_damage, folder))
             if damage is None:
+                found: tuple[Any, dict[str, Any]] | None = None
                 try:
                     found = restore_tree(folder / TREE, expected), json.loads((folder / EXTRA).read_bytes())
                 except InputError as error:
@@ -233,9 +240,12 @@ class Checkpoints:
                 except Exception as error:  # Orbax raises many kinds
                     damage = f"it can't be read: {' '.join(f'{type(error).__name__}: {error}'.split())}"
                     failure = failure or error
-                else:
+                if on_all(found is not None) and found is not None:
                     self._passed_over = passed_over
                     return step, *found
+                if found is not None:
+                    damage = "another process can't read it"
+                    failure = failure or InputError(f"{folder}: {damage}")
             if damage is not None:
                 self._say(f"{folder}: torn checkpoint passed over ({damage})")
             passed_over.add(step)
@@ -248,7 +258,7 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """The steps committed, ascending, after what is being written, but for those that `restore` passed over."""
         self.wait()
-        return self._listed()
+        return from_primary(self._listed)
 
     def _listed(self) -> list[int]:
         return [step for step in self._on_disk() if step not in self._passed_over]
@@ -284,8 +294,8 @@ class Checkpoints:
 class _Writing:
     """A tree on its way to disk, and what is done once it is there.
 
-    A process of its own commits in the background as soon as all is written. Several commit when all of them ask: they
-    must wait for each other, which the main thread alone may do.
+    It is committed in the background, as soon as all processes have written their part. They wait for each other at
+    the coordinator, not by a collective on the devices, which would get among those of the training that goes on.
     """
 
     def __init__(self, folder: Path, tree: Any, commit: Callable[[], None]) -> None:
@@ -295,39 +305,38 @@ class _Writing:
             ocp.PyTreeCheckpointHandler(use_compression=False), timeout_secs=WRITING_SECONDS
         )
         self._checkpointer.save(folder, args=ocp.args.PyTreeSave(own))
-        self._folder = folder
         self._commit = commit
+        # Barriers have names of their own; all processes save alike, and so count alike.
+        self._name = f"{folder} {next(_saves)}"
+        self._barrier = ocp.multihost.get_barrier_sync_fn()
         self._error: BaseException | None = None
         # Not the thread's `join`, which takes a thread for ended once an interrupt has broken off the wait for it.
         self._ended = threading.Event()
-        self._in_background = jax.process_count() == 1
-        if self._in_background:
-            # Not a daemon: a process that ends by itself ends after the commit.
-            threading.Thread(target=self._work, name="commit of a checkpoint").start()
+        # Not a daemon: a process that ends by itself ends after the commit.
+        threading.Thread(target=self._work, name="commit of a checkpoint").start()
 
     def finish(self) -> None:
-        """Wait until it is written, and commit if that isn't done; raises what went wrong on the way."""
-        if self._in_background:
-            self._ended.wait()
-        else:
-            self._checkpointer.wait_until_finished()
-            _wait_for_all(f"{self._folder} written")
-            if jax.process_index() == 0:
-                self._commit()
-            _wait_for_all(f"{self._folder} committed")
-            self._checkpointer.close()
+        """Wait until it is committed; raises what went wrong on the way."""
+        self._ended.wait()
         if self._error is not None:
             raise self._error
 
     def _work(self) -> None:
         try:
             self._checkpointer.wait_until_finished()
-            self._commit()
+            self._wait_for_all("written")
+            if jax.process_index() == 0:
+                self._commit()
+            self._wait_for_all("committed")
             self._checkpointer.close()
         except BaseException as error:
             self._error = error
         finally:
             self._ended.set()
+
+    def _wait_for_all(self, what: str) -> None:
+        """A barrier of all processes; nothing when there is one."""
+        self._barrier(key=f"{self._name} {what}", timeout_ms=WRITING_SECONDS * 1000)
 
 
 def _kind(leaf: Any) -> str:

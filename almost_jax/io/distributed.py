@@ -167,6 +167,13 @@ def from_primary(read: Callable[[], T]) -> T:
     return value
 
 
+def on_all(holds: bool) -> bool:
+    """Whether something holds on every process; all must come here."""
+    if not together():
+        return holds
+    return bool(multihost_utils.process_allgather(np.array(holds)).all())
+
+
 def _broadcast(data: bytes) -> bytes:
     """The bytes of process 0."""
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))

@@ -36,11 +36,13 @@ class MetricsLogger:
         data = from_primary(read)
         records, size = parse_partial(data, str(self.path))
         kept = []
+        self._last = 0
         for number, (line, record) in enumerate(zip(data[:size].split(b"\n"), records, strict=False), start=1):
             if not isinstance(record.get("step"), int):
                 raise InputError(f"{self.path}, line {number}: expected an integer `step`, found {line[:80]!r}")
             if record["step"] <= resume_step:
                 kept.append(line + b"\n")
+                self._last = record["step"]
         if b"".join(kept) != data:
             write_bytes(self.path, b"".join(kept))
         # Elsewhere than on process 0 what is logged goes nowhere.
@@ -62,16 +64,22 @@ class MetricsLogger:
         line = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
         self._file.write(dump_record({"step": int(step), **line}))
         self._file.flush()
+        self._last = int(step)
         if self._writer is not None:
             for name, value in numbers.items():
                 self._writer.add_scalar(name, value, int(step))
 
+    def sync(self) -> int:
+        """Bring what was logged to the disk; the step of the last line, 0 when there is none."""
+        self._file.flush()
+        if is_primary():
+            os.fsync(self._file.fileno())
+        return self._last
+
     def close(self) -> None:
         """Sync and close the file and the event writer; harmless when repeated."""
         if not self._file.closed:
-            self._file.flush()
-            if is_primary():
-                os.fsync(self._file.fileno())
+            self.sync()
             self._file.close()
         if self._writer is not None:
             self._writer.close()

@@ -242,10 +242,19 @@ class Run:
         with Progress(*columns, console=self.console) as bar:
             yield ProgressReport(self.console, description, total, done, bar, self.on_progress)
 
-    def metrics(self, stage: str, resume_step: int) -> MetricsLogger:
-        """The logger of `stage/metrics.jsonl`, cut back to `resume_step`; TensorBoard too when asked for."""
+    def metrics(self, stage: str, resume_step: int, logged: int | None = None) -> MetricsLogger:
+        """The logger of `stage/metrics.jsonl`, cut back to `resume_step`; TensorBoard too when asked for.
+
+        It is said when the file ends before the step `logged`, as where a folder was copied while a run wrote to it.
+        """
         tensorboard = self.path("tensorboard", stage) if self.tensorboard else None
-        return MetricsLogger(self.path(stage, "metrics.jsonl"), resume_step, tensorboard)
+        logger = MetricsLogger(self.path(stage, "metrics.jsonl"), resume_step, tensorboard)
+        if logged is not None and (found := logger.sync()) < logged:
+            self.say(
+                f"{stage}: {logger.path} ends at step {found}, but step {logged} was logged before the checkpoint of "
+                f"step {resume_step}: the figures between are lost; training goes on"
+            )
+        return logger
 
     def say(self, line: Any) -> None:
         """Print one line as it is (no markup, no wrapping)."""

@@ -47,9 +47,11 @@ from almost_jax.stages.rollout_tables import records_until, rollout_records, sam
 from almost_jax.stages.rollouts import Experience, Rollouts, experience, judge
 from almost_jax.stages.training import (
     CHECKPOINTS_KEPT,
+    LOGGED,
     abstract,
     checkpoint_folder,
     fresh_state,
+    kept_beside,
     place_batch,
     shardings_of,
     stop_if_asked,
@@ -112,7 +114,7 @@ def run_stage(run: Run, name: str = NAME) -> dict[str, Any]:
             save_policy(run, actors, state, 0, name)
             ahead = collect(run, state, actors, prompts, 1) if ppo.overlap_rollouts else None
         tables = {file: records_until(run.path(name, file), start) for file in TABLES}
-        metrics = run.metrics(name, start)
+        metrics = run.metrics(name, start, extra.get(LOGGED))
         stack.callback(metrics.close)
         settings, placement = run.config.mesh, shardings_of(state)
         learners = training_players(actors.players, settings, run.mesh)
@@ -154,9 +156,9 @@ def run_stage(run: Run, name: str = NAME) -> dict[str, Any]:
                 save_policy(run, actors, state, step, name)
             whole = whole_state(state, ahead)
             if step % ppo.checkpoint_every == 0 or last:
-                checkpoints.save(step, whole, guard.extra)
+                checkpoints.save(step, whole, kept_beside(guard, metrics))
             progress.advance(1, **{key: figures[key] for key in ("reward", "kl") if key in figures})
-            stop_if_asked(asked_to_stop(), run, name, step, whole, checkpoints, guard.extra)
+            stop_if_asked(asked_to_stop(), run, name, step, whole, checkpoints, lambda: kept_beside(guard, metrics))
         checkpoints.wait()
         save_model(run.path(name, "model"), policy_model(run, actors, state, name))
         metrics.close()

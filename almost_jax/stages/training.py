@@ -17,6 +17,7 @@ from almost_jax.core.train import Batch, TrainState, learning_rate_schedule
 from almost_jax.errors import InputError
 from almost_jax.io.batches import bucket_length
 from almost_jax.io.checkpoints import Checkpoints
+from almost_jax.io.metrics import MetricsLogger
 from almost_jax.io.preemption import Preempted, asked_to_stop, saves_first
 from almost_jax.io.run import Run
 from almost_jax.stages.guards import Guard, fetched, non_finite
@@ -30,6 +31,8 @@ LENGTH_MULTIPLE = 16
 FIXED_MULTIPLE = 8
 # The last checkpoint and the one before it, in case the last is torn.
 CHECKPOINTS_KEPT = 2
+# The key, in a checkpoint's JSON, of the last step in metrics.jsonl.
+LOGGED = "logged"
 
 
 def fresh_state(params: Params, optimizer: optax.GradientTransformation, mesh: jax.sharding.Mesh) -> TrainState:
@@ -129,7 +132,13 @@ def fixed_length(longest: int) -> int:
 
 
 def stop_if_asked(
-    asked: bool, run: Run, name: str, step: int, state: Any, checkpoints: Checkpoints, extra: dict[str, Any]
+    asked: bool,
+    run: Run,
+    name: str,
+    step: int,
+    state: Any,
+    checkpoints: Checkpoints,
+    extra: Callable[[], dict[str, Any]],
 ) -> None:
     """After SIGTERM: save the state of this step, with `extra`, unless that is done already, and end the process.
 
@@ -143,11 +152,16 @@ def stop_if_asked(
     if not asked:
         return
     if step not in checkpoints.steps():
-        checkpoints.save(step, state, extra)
+        checkpoints.save(step, state, extra())
     # Here, where another signal must be meant to break it off, and not once the loop has ended.
     checkpoints.wait()
     run.say(f"{name}: asked to stop; step {step} is saved, the same command goes on from there")
     raise Preempted
+
+
+def kept_beside(guard: Guard, metrics: MetricsLogger) -> dict[str, Any]:
+    """The JSON of a checkpoint; what was logged before it is on the disk before it."""
+    return {**guard.extra, LOGGED: metrics.sync()}
 
 
 def checkpoint_folder(run: Run, name: str) -> Path:
@@ -200,7 +214,7 @@ def fit(
         if found is not None:
             start, state, extra = found
         guard = Guard(run, name, checkpoints, training.guards.max_skips, extra)
-        metrics = run.metrics(name, start)
+        metrics = run.metrics(name, start, extra.get(LOGGED))
         stack.callback(metrics.close)
         progress = stack.enter_context(run.progress(name, total_steps, start))
         stack.enter_context(saves_first())
@@ -223,8 +237,8 @@ def fit(
                     figures |= evaluate(state.params)
                 metrics.log(step, figures)
             if saves:
-                checkpoints.save(step, state, guard.extra)
+                checkpoints.save(step, state, kept_beside(guard, metrics))
             progress.advance(1, **({"loss": figures["loss"]} if logs else {}))
-            stop_if_asked(asked, run, name, step, state, checkpoints, guard.extra)
+            stop_if_asked(asked, run, name, step, state, checkpoints, lambda: kept_beside(guard, metrics))
         checkpoints.wait()
     return state

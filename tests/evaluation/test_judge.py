@@ -15,7 +15,7 @@ import pytest
 
 from almost_jax import cli
 from almost_jax.errors import InputError
-from almost_jax.evaluation import vicuna
+from almost_jax.evaluation import judge, vicuna
 from almost_jax.evaluation.duel import missing
 from almost_jax.evaluation.judge import Endpoint, Judge, Reply, parse_scores
 from almost_jax.evaluation.judge_prompts import SCORES, read_prompt
@@ -182,6 +182,22 @@ def test_a_refusal_ends_the_run_keeps_what_came_and_hides_the_key(server: Server
     again.ask(chats(4))
     assert again.spent.cached == 3 and set(server.paid.values()) == {1}
     assert not any(KEY in path.read_text(encoding="utf-8") for path in tmp_path.iterdir())
+
+
+def test_28_who_waits_to_ask_again_stops_with_the_call(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.fault = lambda text, time: "503"
+
+    def interrupted(futures: Any) -> Any:
+        while sum(server.asked.values()) < 4:
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(judge, "as_completed", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Judge(endpoint(server.url, pause=60.0), tmp_path).ask(chats(4))
+    assert set(server.asked.values()) == {1}
 
 
 @pytest.mark.parametrize("fault", ["400", "413", "422", "null"])

@@ -97,6 +97,36 @@ def test_28_a_stop_at_any_step_and_a_resume_leave_the_same_bytes(
     assert [json.loads(line)["step"] for line in lines.splitlines()] == [2, 3, 4, 6, 8, 9, 10]
 
 
+def test_lines_of_metrics_that_are_lost_are_named_and_stop_nothing(
+    make_run: Callable[..., Run], tmp_path: Path
+) -> None:
+    fit(make_run(tmp_path / "whole"), batch_at)
+
+    def stopping(step: int) -> dict[str, np.ndarray]:
+        if step == 8:
+            raise Stopped
+        return batch_at(step)
+
+    run = make_run(tmp_path / "copied")
+    with pytest.raises(Stopped):
+        fit(run, stopping)
+    # As where the folder was copied while it was written to: a checkpoint of step 6, and the figures of before.
+    path = tmp_path / "copied" / "line" / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:2]))
+    resumed = make_run(tmp_path / "copied")
+    fit(resumed, batch_at)
+    said = resumed.console.file.getvalue()  # type: ignore[attr-defined]
+    assert "ends at step 3, but step 6 was logged before the checkpoint of step 6" in said
+    assert path.read_bytes() == b"".join(
+        line for line in (tmp_path / "whole" / "line" / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+        if json.loads(line)["step"] not in (4, 6)
+    )  # fmt: skip
+    again = make_run(tmp_path / "copied")
+    fit(again, batch_at)
+    assert "lost" not in again.console.file.getvalue()  # type: ignore[attr-defined]
+
+
 @pytest.mark.parametrize("stop", [0, 4, 5, 9])
 def test_28_sigterm_saves_the_step_at_work_and_the_resumed_run_is_the_same(
     make_run: Callable[..., Run], tmp_path: Path, stop: int
