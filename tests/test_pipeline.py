@@ -289,6 +289,7 @@ def test_filters_run_again_without_new_responses(bench: Bench) -> None:
         "demonstrations.sampling.steps_per_wake=3",
         "ppo.sampling.refill=false",
         "demonstrations.user_sampling.prefill_tokens=3",
+        "comparisons.sampling.group_batches=3",
         "ppo.micro_batches=2",
         "ppo.judge_micro_batches=2",
         "sft.training.checkpoint_every=3",

@@ -51,7 +51,9 @@ QUERIES = [{"id": f"q{i}", "text": f"query {i}"} for i in range(5)]
 
 
 def played(assistant: Scripted, user: Scripted, n: int, scorer: Any, evaluation: Sequence[str] = ()) -> list[Any]:
-    dialogues = play_chunk(QUERIES, assistant, user, n, CONFIG, scorer, frozenset(evaluation), lambda turns: None)
+    told: list[int] = []
+    dialogues = play_chunk(QUERIES, assistant, user, n, CONFIG, scorer, frozenset(evaluation), told.append)
+    assert sum(told) == 3 * len(QUERIES), "progress ends at all turns that there might have been, however it went"
     return [demonstrations.demonstration_record(dialogue) for dialogue in dialogues]
 
 
@@ -264,6 +266,25 @@ def test_a_dialogue_that_goes_on_from_its_cache_is_the_one_that_is_read_again(
         demonstrations.play(run, "demonstrations_self_play", 2, None)
         written.append(read_records(run.path("demonstrations_self_play.jsonl")))
     assert written[0] == written[1] and any(len(record["turns"]) > 2 for record in written[0])
+
+
+@pytest.mark.parametrize(("reuse", "sizes"), [(True, [6, 4]), (False, [10])])
+def test_more_dialogues_are_played_at_once_where_nothing_is_kept_of_them(
+    make_run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reuse: bool, sizes: list[int]
+) -> None:
+    run = make_run(tmp_path)
+    played = run.config.demonstrations.model_copy(update={"reuse_cache": reuse})
+    assert max(played.sampling.batch_size, played.user_sampling.batch_size) == 6
+    run = dataclasses.replace(run, config=run.config.model_copy(update={"demonstrations": played}))
+    found = []
+
+    def remembering(queries: Sequence[Any], *more: Any) -> Any:
+        found.append(len(queries))
+        return play_chunk(queries, *more)
+
+    monkeypatch.setattr(demonstrations, "play_chunk", remembering)
+    demonstrations.play(run, "demonstrations_self_play", 1, None)
+    assert found == sizes
 
 
 @pytest.mark.parametrize("lasting", [True, False])
