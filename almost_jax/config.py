@@ -124,8 +124,8 @@ class SamplingConfig(Section):
 
     How fast, but not what: `batch_size` requests run at once, each in a slot; every `steps_per_wake` tokens the host
     looks for what has ended and, with `refill`, gives free slots to the next requests; prompts are read
-    `prefill_tokens` at a time. Slots run empty only at the end of every `group_batches` batches of requests, which are
-    what a stopped stage samples again at most.
+    `prefill_tokens` at a time. Responses and evaluation are sampled in groups of `group_batches` batches: slots are
+    refilled within a group, and a stopped stage samples the group at work again.
     """
 
     temperature: NonNegative = 1.0
@@ -399,8 +399,8 @@ class DemonstrationsConfig(Section):
 
     `baseline` also plays without the reward model, for the ablation. A user's turn that begins or ends with one of
     `farewells` ends the dialogue before it. With `reuse_cache` a dialogue's next turn goes on from what was read of it,
-    where both sides are one model: less to read, for the memory of every candidate's keys and values. So many dialogues
-    are played at once as `batch_size` says; where nothing is kept, `group_batches` times as many.
+    where both sides are one model: less to read, for the memory of every candidate's keys and values. A batch of
+    dialogues is played at once, a group of batches where no keys and values are kept; a stopped stage plays them again.
     """
 
     assistant: PromptedModel

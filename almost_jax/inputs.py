@@ -62,9 +62,9 @@ def all_values(config: ExperimentConfig) -> list[Value]:
     """
     found = [Value("", "seed", config.seed), Value("", "compute_dtype", config.compute_dtype)]
     for key, value in _flatten(config.model_dump(mode="json"), ""):
-        # Self-instruct compares its own settings when it goes on, batch size included.
+        # Self-instruct compares its own settings when it goes on, batch size included; its rounds are no groups.
         within_self_instruct = key.startswith("queries.self_instruct.")
-        if within_self_instruct and config.queries.source != "self_instruct":
+        if within_self_instruct and (config.queries.source != "self_instruct" or key.endswith(".group_batches")):
             continue
         if within_self_instruct or not key.endswith(tuple(f".{end}" for end in NEUTRAL)):
             found.append(Value(key, key, value))

@@ -24,7 +24,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from almost_jax.errors import InputError
-from almost_jax.io.distributed import from_primary, on_all
+from almost_jax.io.distributed import from_primary, on_all, wait_for_all
 from almost_jax.io.folders import check_room, refusal
 from almost_jax.io.records import write_bytes
 
@@ -63,7 +63,10 @@ def restore_tree(folder: Path, expected: Any) -> Any:
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shaped: Any = jax.ShapeDtypeStruct
     target = jax.tree.map(lambda x: shaped(x.shape, x.dtype, sharding=getattr(x, "sharding", None) or here), expected)
-    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+    # Processes read without waiting for each other: one that can't mustn't leave the others waiting inside Orbax.
+    own = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler(), multiprocessing_options=alone) as checkpointer:
         check_tree(checkpointer.metadata(folder).item_metadata.tree, target, str(folder))
         return checkpointer.restore(folder, args=ocp.args.StandardRestore(target))
 
@@ -162,7 +165,7 @@ class Checkpoints:
             self._remove_unfinished()
             check_room(temporary, sum(leaf.nbytes for leaf in jax.tree.leaves(tree)))
             temporary.mkdir()
-        _wait_for_all(f"{temporary} made")
+        wait_for_all()
         self._writing = _Writing(temporary / TREE, tree, lambda: self._commit(step, temporary, text))
 
     def wait(self) -> None:
@@ -210,7 +213,8 @@ class Checkpoints:
     def restore(self, expected: Any) -> tuple[int, Any, dict[str, Any]] | None:
         """Read the latest checkpoint that is whole and holds this tree; the folder is not changed.
 
-        Those that are passed over on the way are no longer listed.
+        Those that are passed over on the way are no longer listed. All processes must come here, and go on from the
+        same one.
 
         Args:
             expected: the tree, as arrays or `jax.ShapeDtypeStruct`; its shardings are those restored onto, and where it
@@ -256,7 +260,10 @@ class Checkpoints:
         return None
 
     def steps(self) -> list[int]:
-        """The steps committed, ascending, after what is being written, but for those that `restore` passed over."""
+        """The steps committed, ascending, after what is being written, but for those that `restore` passed over.
+
+        All processes must come here.
+        """
         self.wait()
         return from_primary(self._listed)
 
@@ -307,7 +314,7 @@ class _Writing:
         self._checkpointer.save(folder, args=ocp.args.PyTreeSave(own))
         self._commit = commit
         # Barriers have names of their own; all processes save alike, and so count alike.
-        self._name = f"{folder} {next(_saves)}"
+        self._number = next(_saves)
         self._barrier = ocp.multihost.get_barrier_sync_fn()
         self._error: BaseException | None = None
         # Not the thread's `join`, which takes a thread for ended once an interrupt has broken off the wait for it.
@@ -336,7 +343,7 @@ class _Writing:
 
     def _wait_for_all(self, what: str) -> None:
         """A barrier of all processes; nothing when there is one."""
-        self._barrier(key=f"{self._name} {what}", timeout_ms=WRITING_SECONDS * 1000)
+        self._barrier(key=f"checkpoint {self._number} {what}", timeout_ms=WRITING_SECONDS * 1000)
 
 
 def _kind(leaf: Any) -> str:
@@ -346,8 +353,3 @@ def _kind(leaf: Any) -> str:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _wait_for_all(name: str) -> None:
-    """A barrier of all processes; nothing when there is one."""
-    ocp.multihost.sync_global_processes(name)

@@ -8,6 +8,7 @@ folder of a run must lie on a file system that they share.
 
 import contextlib
 import contextvars
+import itertools
 import os
 import pickle
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +26,8 @@ T = TypeVar("T")
 # Longer than process 0 may take for anything that the others wait for, a report say. A process that died is noticed
 # earlier, by jax.distributed.
 BARRIER_SECONDS = 24 * 3600
+
+_barriers = itertools.count()
 
 COORDINATOR, PROCESS_ID, NUM_PROCESSES = "ALMOST_COORDINATOR", "ALMOST_PROCESS_ID", "ALMOST_NUM_PROCESSES"
 
@@ -125,10 +128,12 @@ def together() -> bool:
     return several() and not _alone.get()
 
 
-def wait_for_all(name: str) -> None:
-    """A barrier of all processes, named for messages; nothing when there is one, or inside `from_primary`."""
+def wait_for_all() -> None:
+    """A barrier of all processes at the coordinator; nothing when there is one, or inside `from_primary`."""
     if together():
-        ocp.multihost.sync_global_processes(name, timeout=BARRIER_SECONDS)
+        # A barrier has a name of its own; all processes come to the same ones, and so count alike.
+        name = f"almost_jax {next(_barriers)}"
+        ocp.multihost.get_barrier_sync_fn()(key=name, timeout_ms=BARRIER_SECONDS * 1000)
 
 
 def from_primary(read: Callable[[], T]) -> T:
@@ -158,7 +163,7 @@ def from_primary(read: Callable[[], T]) -> T:
     if error is not None and not isinstance(error, (InputError, TrainingDiverged, SystemExit)):
         told = RuntimeError(f"process 0: {type(error).__name__}: {error}")
     # Process 0 may take long, and collectives on a CPU wait half an hour at most; a barrier has its own limit.
-    wait_for_all("from_primary")
+    wait_for_all()
     value, told = pickle.loads(_broadcast(pickle.dumps((value, told))))
     if error is not None:
         raise error

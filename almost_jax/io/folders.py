@@ -49,7 +49,7 @@ def whole_folder(directory: Path, size: int) -> Iterator[Path]:
     try:
         from_primary(make)
         yield temporary
-        wait_for_all("folder filled")
+        wait_for_all()
         from_primary(commit)
     # BaseException: an interrupt must not leave a part behind either.
     except BaseException as error:

@@ -142,7 +142,7 @@ def save_model(directory: Path, model: Model, beside: Mapping[str, bytes] | None
 
         from_primary(describe)
         save_tree(temporary / "params", model.params)
-        wait_for_all("parameters written")
+        wait_for_all()
         if is_primary():
             seal(temporary / "params")
 

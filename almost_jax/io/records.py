@@ -108,7 +108,7 @@ def write_records(path: Path, records: Iterable[Record]) -> None:
         InputError: a record that can't be written as JSON.
     """
     write_bytes(path, b"".join(dump_record(record) for record in records))
-    wait_for_all("records written")
+    wait_for_all()
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -237,7 +237,7 @@ class RecordWriter:
         """What is written so far, one by one in order, read back from the file."""
         path = self.path if self._file is None else partial_path(self.path)
         # Process 0 may lag behind, and while others read it may write on.
-        wait_for_all("records written")
+        wait_for_all()
         return itertools.islice(iter_records(path), len(self.done))
 
     def __enter__(self) -> "RecordWriter":
@@ -325,7 +325,7 @@ class RecordWriter:
             os.replace(partial_path(self.path), self.path)
         file.close()
         self._file = None
-        wait_for_all("records finished")
+        wait_for_all()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -252,7 +252,7 @@ class Run:
         if logged is not None and (found := logger.sync()) < logged:
             self.say(
                 f"{stage}: {logger.path} ends at step {found}, but step {logged} was logged before the checkpoint of "
-                f"step {resume_step}: the figures between are lost; training goes on"
+                f"step {resume_step}: the figures behind step {found} are lost; training goes on"
             )
         return logger
 

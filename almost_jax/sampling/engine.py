@@ -27,8 +27,8 @@ from almost_jax.sampling.sampler import Drawn, Slots, request_keys
 from almost_jax.sampling.stats import Stats
 from almost_jax.sampling.stops import StopStrings
 
-# The tokens of a prompt, and in a slot, from which programs are compiled for more and more; and those of a prompt that
-# is short, as queries behind a few-shot prefix are.
+# Prompts and slots have programs for so many tokens, and for larger buckets; short prompts, as queries behind a
+# few-shot prefix are, have one of their own.
 _PROMPT, _ROOM = 32, 64
 _SHORT = 16
 # Free slots are given away when one in so many is free: to read one prompt costs nearly as much as to read a few.

@@ -98,7 +98,7 @@ class Responder:
         return self._sampled(self._checked(requests))
 
     def respond_where_it_fits(self, requests: Sequence[DialogueRequest]) -> Iterator[Reply | None]:
-        """`respond`, with None for a dialogue that and its longest next turn don't fit."""
+        """`respond`, with None where a dialogue and its longest next turn don't fit."""
         asked = self._encoded(requests)
         fits = [self._has_room(one.prompt) for one in asked]
         replies = self._sampled([one for one, fit in zip(asked, fits, strict=True) if fit])

@@ -221,7 +221,7 @@ def _finished(
 
 def _fingerprint(config: SelfInstructConfig, seed: int, seeds: Sequence[str]) -> str:
     """What must be the same for a stopped run to go on; more rounds are no other run."""
-    settings = config.model_dump_json(exclude={"max_rounds"})
+    settings = config.model_dump_json(exclude={"max_rounds": True, "sampling": {"group_batches"}})
     return hashlib.sha256("\n".join([settings, str(seed), HEADER, *seeds]).encode()).hexdigest()[:16]
 
 

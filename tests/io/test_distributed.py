@@ -93,15 +93,82 @@ print(f"process {jax.process_index()} has the sum {int(sums[0])}")
 """
 
 
-def test_two_processes_add_across_each_other() -> None:
+def said_by_two(program: str, *arguments: str) -> list[str]:
+    """The lines that two processes of a program print, sorted."""
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
     }
-    command = [str(ROOT / "launch/local.sh"), "2", sys.executable, "-c", PROGRAM]
+    command = [str(ROOT / "launch/local.sh"), "2", sys.executable, "-c", program, *arguments]
     finished = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    lines = [line for line in finished.stdout.splitlines() if "has the sum" in line]
-    assert sorted(lines) == [f"[{i}] process {i} has the sum {1 + 2 + 3 + 4}" for i in range(2)]
+    return sorted(line for line in finished.stdout.splitlines() if " process " in line)
+
+
+def test_two_processes_add_across_each_other() -> None:
+    assert said_by_two(PROGRAM) == [f"[{i}] process {i} has the sum {1 + 2 + 3 + 4}" for i in range(2)]
+
+
+# Three steps are saved; the last can't be read by process 1, and the one before it was cut.
+CHECKPOINTS = """
+import sys, time
+from pathlib import Path
+import jax, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from almost_jax.io import checkpoints
+from almost_jax.io.distributed import initialize, wait_for_all
+
+initialize()
+mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+sharding = NamedSharding(mesh, P("data"))
+folder, own = Path(sys.argv[1]), jax.process_index()
+
+
+def tree(step):
+    mine = np.arange(2, dtype=np.float32) + 2 * own + 10 * step
+    return {"x": jax.make_array_from_process_local_data(sharding, mine)}
+
+
+saved = checkpoints.Checkpoints(folder, keep=3)
+for step in (1, 2, 3):
+    saved.save(step, tree(step), {"step": step})
+# Nobody waits for it on the main thread, and yet it is there.
+began = time.monotonic()
+while not (folder / "3").is_dir():
+    assert time.monotonic() - began < 120
+saved.close()
+wait_for_all()
+if own == 0:
+    (folder / "2" / "extra.json").write_bytes(b"")
+wait_for_all()
+read = checkpoints.restore_tree
+
+
+def failing(path, expected):
+    if own == 1 and path.parent.name == "3":
+        raise OSError("no such device")
+    return read(path, expected)
+
+
+checkpoints.restore_tree = failing
+again = checkpoints.Checkpoints(folder, keep=3, say=lambda line: print("process", own, "says", line))
+step, found, extra = again.restore(tree(0))
+values = [float(part.data[0]) for part in found["x"].addressable_shards]
+print("process", own, "has step", step, extra, values, again.steps())
+"""
+
+
+def test_28_processes_go_on_from_a_checkpoint_that_all_of_them_can_read(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    said = said_by_two(CHECKPOINTS, str(folder))
+    cut = f"{folder}/2: torn checkpoint passed over (extra.json has 0 bytes of 11)"
+    assert said == [
+        "[0] process 0 has step 1 {'step': 1} [10.0, 11.0] [1]",
+        f"[0] process 0 says {cut}",
+        f"[0] process 0 says {folder}/3: torn checkpoint passed over (another process can't read it)",
+        "[1] process 1 has step 1 {'step': 1} [12.0, 13.0] [1]",
+        f"[1] process 1 says {cut}",
+        f"[1] process 1 says {folder}/3: torn checkpoint passed over (it can't be read: OSError: no such device)",
+    ]

@@ -8,6 +8,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from almost_jax.config import SelfInstructConfig
 from almost_jax.errors import InputError
+from almost_jax.inputs import all_values
 from almost_jax.io.records import partial_path, read_records
 from almost_jax.io.run import Run
 from almost_jax.stages import queries, self_instruct
@@ -259,7 +260,15 @@ def test_self_instruct_refuses_another_runs_rounds(self_instruct_run: Callable[.
     whole = self_instruct_run("whole", max_rounds=1)
     queries.run_stage(whole)
     rounds = whole.path("self_instruct", "rounds.jsonl").read_bytes()
-    for name, changes, refused in (("other", {"max_similarity": 0.7}, True), ("more", {"max_rounds": 2}, False)):
+    # Its rounds are no groups of batches.
+    grouped = {"max_rounds": 1, "sampling": {"max_new_tokens": 12, "batch_size": 4, "group_batches": 9}}
+    alike = self_instruct_run("grouped", **grouped).config
+    assert all_values(alike) == all_values(whole.config)
+    for name, changes, refused in (
+        ("other", {"max_similarity": 0.7}, True),
+        ("more", {"max_rounds": 2}, False),
+        ("grouped", {**grouped, "max_rounds": 2}, False),
+    ):
         run = self_instruct_run(name, **changes)
         path = run.path("self_instruct", "rounds.jsonl")
         path.parent.mkdir()
