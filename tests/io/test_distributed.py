@@ -138,6 +138,7 @@ for step in (1, 2, 3):
 began = time.monotonic()
 while not (folder / "3").is_dir():
     assert time.monotonic() - began < 120
+    time.sleep(0.01)
 saved.close()
 wait_for_all()
 if own == 0:
