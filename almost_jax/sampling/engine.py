@@ -21,18 +21,19 @@ from almost_jax.core.llama import Cache, LlamaConfig, Params, Prefix
 from almost_jax.sampling.layout import sampling_layout
 from almost_jax.sampling.padding import bucket_size, pad_rows
 from almost_jax.sampling.programs import Programs, place_of, room
+from almost_jax.sampling.reading import Sizes, batches
 from almost_jax.sampling.requests import Completion, Finish, Request, Settings, check_requests, check_tokens
 from almost_jax.sampling.rules import SamplingRules
 from almost_jax.sampling.sampler import Drawn, Slots, request_keys
 from almost_jax.sampling.stats import Stats
 from almost_jax.sampling.stops import StopStrings
 
-# Prompts and slots have programs for so many tokens, and for larger buckets; short prompts, as queries behind a
-# few-shot prefix are, have one of their own.
-_PROMPT, _ROOM = 32, 64
-_SHORT = 16
+# Slots have programs with room for so many tokens, and for larger buckets.
+_ROOM = 64
 # Free slots are given away when one in so many is free: to read one prompt costs nearly as much as to read a few.
 _REFILLED = 8
+# Of what is given away at a refill, one in so many has a prompt of its own where queries have several samples.
+_FORKED = 4
 
 
 @dataclasses.dataclass
@@ -87,6 +88,9 @@ class Engine:
         # As many more slots as it takes to split them evenly over the devices.
         self._batch = -(-settings.slots // place.rows) * place.rows
         self._rows = place.rows
+        usual = self._bucket(1)
+        few = self._even(-(-usual // _FORKED))
+        self._sizes = Sizes(few, usual, self._batch, place.rows, settings.prefill_tokens)
         self._kept: dict[str, _Kept] = {}
         self._slots: Slots | None = None
         self.stats = Stats()
@@ -172,22 +176,18 @@ class Engine:
         forks: dict[tuple[tuple[int, ...], str | None], list[Request]] = {}
         for request in chosen:
             forks.setdefault((request.prompt, request.parent), []).append(request)
-        by_width: dict[tuple[int, bool], list[tuple[int, list[Request]]]] = {}
-        for (prompt, parent), own in forks.items():
-            start = self._known(prompt, parent)
-            new = len(prompt) - start
-            width = _SHORT if new <= _SHORT else bucket_size(new, _PROMPT)
-            by_width.setdefault((width, start > 0), []).append((start, own))
+        starts = [self._known(*fork) for fork in forks]
+        new = [len(prompt) - start for (prompt, _), start in zip(forks, starts, strict=True)]
+        owners = list(forks.values())
         groups = []
-        for (width, _), own_forks in by_width.items():
-            usual, most = self._bucket(1), self._settings.prefill_tokens // width
-            # As many as fill a program: all slots if so many may be read together, else no more than a refill needs.
-            whole = most >= self._batch
-            size = self._batch if whole else self._even(max(min(most, usual), 1))
-            for first in range(0, len(own_forks), size):
-                part = own_forks[first : first + size]
-                rows = self._bucket(len(part)) if whole else size
-                groups.append(_Group(width, rows, [start for start, _ in part], [own for _, own in part]))
+        # What goes on from an earlier text needs a cache that holds it, and a program of its own.
+        for goes_on in (False, True):
+            places = [place for place, start in enumerate(starts) if (start > 0) == goes_on]
+            for batch in batches([new[place] for place in places], self._sizes):
+                members = [places[one] for one in batch.members]
+                groups.append(
+                    _Group(batch.width, batch.rows, [starts[one] for one in members], [owners[one] for one in members])
+                )
         return groups
 
     def _known(self, prompt: tuple[int, ...], parent: str | None) -> int:
