@@ -16,6 +16,7 @@ NonNegativeInt = Annotated[int, Field(ge=0, strict=True)]
 Positive = Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)]
 NonNegative = Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1, strict=True, allow_inf_nan=False)]
+Momentum = Annotated[float, Field(ge=0, lt=1, strict=True, allow_inf_nan=False)]
 Flag = Annotated[bool, Field(strict=True)]
 Text = Annotated[str, Field(min_length=1, strict=True)]
 
@@ -167,8 +168,8 @@ class OptimizerConfig(Section):
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     warmup_steps: NonNegativeInt = 0
     final_fraction: Fraction = 0.0
-    b1: Fraction = 0.9
-    b2: Fraction = 0.999
+    b1: Momentum = 0.9
+    b2: Momentum = 0.999
     eps: Positive = 1e-8
     weight_decay: NonNegative = 0.0
     max_grad_norm: Positive = 1.0
@@ -379,7 +380,7 @@ class RewardConfig(Section):
     margin: NonNegative = 0.0
     centering: NonNegative = 0.0
     held_out: NonNegativeInt = 500
-    reference_samples: PositiveInt = 512
+    reference_samples: Annotated[int, Field(ge=2, strict=True)] = 512
     training: TrainingConfig = TrainingConfig()
 
 
@@ -563,6 +564,16 @@ class PpoConfig(Section):
             )
         if self.kl_controller == "adaptive" and self.kl_coef == 0:
             raise wrong("kl_coef", "an adaptive coefficient is multiplied step by step, so 0 stays 0; start above it")
+        if self.kl_controller == "adaptive" and self.batch_size >= 5 * self.kl_horizon:
+            raise wrong(
+                "kl_horizon",
+                f"{self.kl_horizon} responses: the coefficient changes by up to a fifth of batch_size / kl_horizon, "
+                f"here by all of it, with steps of {self.batch_size} responses; use more than batch_size / 5",
+            )
+        if self.early_stop_kl and self.num_ppo_epochs * self.num_mini_batches == 1:
+            raise wrong(
+                "early_stop_kl", "a step of one update has none to stop: the policy is where it sampled until then"
+            )
         if 0 < self.dual_clip <= 1:
             raise wrong("dual_clip", f"{self.dual_clip} would clip the old policy itself; use more than 1, or 0")
         return self

@@ -29,7 +29,7 @@ from almost_jax.stages.reward import (
     place_of_group,
     train_reward_model,
 )
-from almost_jax.stages.training import count_steps
+from almost_jax.stages.training import count_steps, row_limit
 
 NAME = "reward_ablation"
 
@@ -68,9 +68,10 @@ def run_stage(run: Run) -> dict[str, Any]:
     records = iter_records(run.path("comparisons.jsonl"))
     every = [Labelled(record, comparison_pair(queries, record)) for record in records]
     check_any_kept(run, NAME, sum(one.record["kept"] for one in every))
-    tokenizer = run.model_to_train(config.model).tokenizer
+    source = run.model_to_train(config.model)
+    tokenizer = source.tokenizer
     rows = {text: text_tokens(tokenizer, text) for one in every for text in (one.pair.chosen, one.pair.rejected)}
-    most = config.training.max_length
+    most = row_limit(config.training, source.config)
     fitting = [one for one in every if max(len(rows[one.pair.chosen]), len(rows[one.pair.rejected])) <= most]
     sets = sets_of(fitting)
     last = list(sets)[-1]

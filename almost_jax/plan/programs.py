@@ -214,7 +214,7 @@ def _players(config: ExperimentConfig) -> Players:
     policy, reward = _shape(config, config.sft.model), _shape(config, config.reward.model)
     return Players(
         policy=policy, critic=reward if config.ppo.critic == "reward_model" else policy, reward=reward,
-        temperature=config.ppo.sampling.temperature, stop_tokens=(2,), eos_id=2,
+        temperature=config.ppo.sampling.temperature, eos_id=2,
         reward_mean=0.0, reward_std=1.0, value_shift=0.0, value_scale=1.0,
     )  # fmt: skip
 
@@ -248,7 +248,8 @@ def _ppo_judge(config: ExperimentConfig, mesh: Mesh) -> Program:
     rows, answer = ppo.batch_size, (ppo.batch_size, ppo.sampling.max_new_tokens)
     samples = Samples(
         tokens=_rows(mesh, answer, jnp.int32), logprobs=_rows(mesh, answer, jnp.float32),
-        lengths=_rows(mesh, (rows,), jnp.int32), stopped=_rows(mesh, (rows,), jnp.bool_),
+        lengths=_rows(mesh, (rows,), jnp.int32), content=_rows(mesh, (rows,), jnp.int32),
+        stopped=_rows(mesh, (rows,), jnp.bool_),
     )  # fmt: skip
     prompts = _rows(mesh, (rows, ppo.max_prompt_length), jnp.int32), _rows(mesh, (rows,), jnp.int32)
     parts = ppo.judge_micro_batches or ppo.num_mini_batches * ppo.micro_batches

@@ -36,5 +36,17 @@ class StopStrings:
         found = (count for count in range(checked + 1, len(tokens) + 1) if self._in(self.decode(tokens[:count])))
         return next(found, None)
 
+    def before(self, tokens: Sequence[int]) -> int:
+        """How many tokens spell what stands before the first stop string, but for whitespace at its end.
+
+        A token that holds the end of it and the beginning of the string counts. All of them where no string is found.
+        """
+        text = self.decode(tokens)
+        found = [place for place in map(text.find, self.strings) if place >= 0]
+        if not found:
+            return len(tokens)
+        wanted = len(text[: min(found)].rstrip())
+        return next(count for count in range(len(tokens) + 1) if len(self.decode(tokens[:count])) >= wanted)
+
     def _in(self, text: str) -> bool:
         return any(string in text for string in self.strings)

@@ -13,9 +13,10 @@ from almost_jax.io.models import Model, load_model
 from almost_jax.io.records import read_records
 from almost_jax.io.run import Run
 from almost_jax.sampling.rules import SamplingRules
+from almost_jax.sampling.stops import StopStrings
 from almost_jax.stages.dialogues import prompt_tokens
 from almost_jax.stages.execution import judging_shape, training_shape
-from almost_jax.stages.prompting import sampling_rules
+from almost_jax.stages.prompting import sampling_rules, spanning_stops, stop_tokens
 from almost_jax.stages.reward import load_reward_model
 from almost_jax.stages.rollouts import Players
 from almost_jax.stages.templates import LABELS
@@ -30,6 +31,7 @@ class Actors:
     reward: Model
     players: Players
     rules: SamplingRules
+    stops: StopStrings | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,9 +56,8 @@ def load_actors(run: Run) -> Actors:
         raise InputError("reward.model and sft.model must share a tokenizer: the one reads the other's tokens")
     tokenizer = sft.tokenizer
     # A policy that goes on with the human's part has stopped too, though it doesn't count as an end.
-    human = tokenizer.single_token(LABELS["human"])
-    stops = tuple(sorted({tokenizer.eos_id} | ({human} if human is not None else set())))
-    rules = sampling_rules(ppo.sampling, stops)
+    human = (f"\n{LABELS['human']}",)
+    rules = sampling_rules(ppo.sampling, stop_tokens(tokenizer, human))
     normalizes = ppo.critic == "reward_model" and ppo.normalize_reward
     players = Players(
         policy=judging_shape(sft.config, run.config.mesh, run.mesh),
@@ -65,14 +66,13 @@ def load_actors(run: Run) -> Actors:
         ),
         reward=judging_shape(reward.config, run.config.mesh, run.mesh),
         temperature=rules.logprob_temperature,
-        stop_tokens=stops,
         eos_id=tokenizer.eos_id,
         reward_mean=reward.reward_mean,
         reward_std=reward.reward_std,
         value_shift=reward.reward_mean if normalizes else 0.0,
         value_scale=reward.reward_std if normalizes else 1.0,
     )
-    return Actors(sft, reward, players, rules)
+    return Actors(sft, reward, players, rules, spanning_stops(tokenizer, human))
 
 
 def training_players(players: Players, settings: MeshConfig, mesh: jax.sharding.Mesh) -> Players:
@@ -106,17 +106,17 @@ def load_prompts(run: Run, model: Model, max_length: int, name: str) -> Prompts:
     return Prompts([text for text, _ in fitting], tokens, lengths)
 
 
-def check_positions(actors: Actors, width: int) -> None:
-    """Refuse prompts and responses that don't fit into a model's positions together.
+def check_positions(actors: Actors, longest: int) -> None:
+    """Refuse prompts, of which the longest has so many tokens, that don't fit with a response into a model's positions.
 
     Raises:
         InputError: they don't.
     """
-    needed = width + actors.rules.max_new_tokens + 1
+    needed = longest + actors.rules.max_new_tokens + 1
     for name, config in (("sft", actors.players.policy), ("reward", actors.players.reward)):
         if needed > config.max_position_embeddings:
             raise InputError(
-                f"ppo: prompts of {width} tokens + max_new_tokens {actors.rules.max_new_tokens} + 1 exceed the "
+                f"ppo: prompts of up to {longest} tokens + max_new_tokens {actors.rules.max_new_tokens} + 1 exceed the "
                 f"{config.max_position_embeddings} positions of the {name} model; lower one of the two"
             )
 

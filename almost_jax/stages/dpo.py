@@ -37,7 +37,15 @@ from almost_jax.stages.execution import judging_shape, placed_for_training, trai
 from almost_jax.stages.reward import Pair, check_any_kept, comparison_pair, split_pairs
 from almost_jax.stages.sft import Example
 from almost_jax.stages.templates import Turn
-from almost_jax.stages.training import count_steps, fit, fixed_length, fresh_state, place_batch, shardings_of
+from almost_jax.stages.training import (
+    count_steps,
+    fit,
+    fixed_length,
+    fresh_state,
+    place_batch,
+    row_limit,
+    shardings_of,
+)
 
 NAME = "dpo"
 # What a pair's two texts, chosen before rejected, have as log-probs under the reference, in nats.
@@ -63,9 +71,10 @@ def run_stage(run: Run) -> dict[str, Any]:
     tokenizer, pad_id = source.tokenizer, source.tokenizer.pad_id
     pairs, rows = load_pairs(run, tokenizer)
     check_any_kept(run, NAME, len(pairs))
-    fitting = [pair for pair in pairs if all(len(tokens) <= training.max_length for tokens, _ in _sides(rows, pair))]
+    limit = row_limit(training, source.config)
+    fitting = [pair for pair in pairs if all(len(tokens) <= limit for tokens, _ in _sides(rows, pair))]
     if not fitting:
-        raise InputError(f"dpo.training.max_length: none of {len(pairs)} pairs fits into {training.max_length} tokens")
+        raise InputError(f"dpo.training.max_length: none of {len(pairs)} pairs fits into {limit} tokens")
     # The reward model's seed: what it held out is held out here too.
     train, test = split_pairs(fitting, config.held_out, run.seed("reward/split"))
     run.say(f"{NAME}: {len(train)} pairs to train on, {len(test)} held out, {len(pairs) - len(fitting)} too long")
@@ -75,8 +84,9 @@ def run_stage(run: Run) -> dict[str, Any]:
     total_steps = count_steps(training, len(train))
     optimizer = make_optimizer(training.optimizer, total_steps)
     settings, mesh = run.config.mesh, run.mesh
-    shape = training_shape(source.config, settings, mesh)
     whole = judging_shape(source.config, settings, mesh)
+    # By one kernel on both sides: another one rounds otherwise, and the first margins would not be 0.
+    shape = dataclasses.replace(training_shape(source.config, settings, mesh), attention=whole.attention)
     score = functools.partial(_response_logprobs, config=whole, length_normalized=config.length_normalized)
 
     def logprobs(params: Params, chosen: Sequence[Pair]) -> np.ndarray:

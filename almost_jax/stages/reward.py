@@ -36,7 +36,15 @@ from almost_jax.stages.execution import judging_shape, placed_for_training, trai
 from almost_jax.stages.filters import count_verdicts
 from almost_jax.stages.pair_figures import logged_figures, pair_figures
 from almost_jax.stages.templates import Turn, render
-from almost_jax.stages.training import LENGTH_MULTIPLE, count_steps, fit, fixed_length, fresh_state, shardings_of
+from almost_jax.stages.training import (
+    LENGTH_MULTIPLE,
+    count_steps,
+    fit,
+    fixed_length,
+    fresh_state,
+    row_limit,
+    shardings_of,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,7 +250,7 @@ def train_reward_model(
     """
     source = run.model_to_train(model_name)
     tokenizer = source.tokenizer
-    fitting, rows, longest = _tokenized(tokenizer, pairs, training.max_length)
+    fitting, rows, longest = _tokenized(tokenizer, pairs, row_limit(training, source.config))
     seeds = seeds or name
     if isinstance(held_out, int):
         train, test = split_pairs(fitting, held_out, run.seed(f"{seeds}/split"))
@@ -273,6 +281,8 @@ def train_reward_model(
         return found[::2], found[1::2]
 
     def evaluate(params: Params) -> dict[str, float]:
+        if not test:
+            return {}
         chosen, rejected = held_out_scores(params)
         # The moments on reference samples are taken at the end alone.
         found = _held_out_figures(test, chosen - rejected, float(np.std([*chosen, *rejected])) or 1.0)

@@ -49,6 +49,7 @@ from almost_jax.stages.training import (
     CHECKPOINTS_KEPT,
     LOGGED,
     abstract,
+    check_warmup,
     checkpoint_folder,
     fresh_state,
     kept_beside,
@@ -64,6 +65,7 @@ from almost_jax.stages.updates import (
     mean_figures,
     next_kl_coef,
     policy_learning_rate,
+    policy_updates,
 )
 
 NAME = "rlsf"
@@ -97,7 +99,8 @@ def run_stage(run: Run, name: str = NAME) -> dict[str, Any]:
         stack.enter_context(jax.set_mesh(run.mesh))
         actors = load_actors(run)
         prompts = load_prompts(run, actors.sft, ppo.max_prompt_length, name)
-        check_positions(actors, prompts.tokens.shape[1])
+        check_positions(actors, int(prompts.lengths.max()))
+        check_warmup(run, name, ppo.optimizer, policy_updates(ppo))
         policy_optimizer, critic_optimizer = make_optimizers(ppo)
         state = start_state(run, actors, policy_optimizer, critic_optimizer)
         actors = frozen(actors, ppo, run.config.compute_dtype)
@@ -198,8 +201,9 @@ def draw(run: Run, state: PpoState, actors: Actors, prompts: Prompts, rows: np.n
         engine_settings(run.config.ppo.sampling),
         seed=run.seed("rlsf/samples"),
         prefix_tokens=(),
+        stops=actors.stops,
     )
-    samples = stacked(list(completions), actors.rules.max_new_tokens)
+    samples = stacked(list(completions), actors.rules.max_new_tokens, actors.stops)
     return Samples(**place_batch(dataclasses.asdict(samples), run.mesh))
 
 
@@ -354,7 +358,7 @@ def abstract_rollouts(run: Run, actors: Actors, prompts: Prompts) -> Gathered:
 
     words, number, figures = array(jnp.int32, answer), array(jnp.int32), array(jnp.float32, answer)
     return Gathered(
-        Samples(tokens=words, logprobs=figures, lengths=number, stopped=array(jnp.bool_)),
+        Samples(tokens=words, logprobs=figures, lengths=number, content=number, stopped=array(jnp.bool_)),
         Rollouts(
             tokens=array(jnp.int32, width), prompt_lengths=number, responses=words, lengths=number, logprobs=figures,
             entropies=figures, reference_logprobs=figures if actors.sft.params else None, values=figures,

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from almost_jax.io.distributed import from_primary
 from almost_jax.io.records import Record, read_records
 from almost_jax.io.tokenizer import Tokenizer
 
@@ -88,8 +89,8 @@ def sample_records(
 
 
 def response_text(tokenizer: Tokenizer, samples: Any, row: int) -> str:
-    """The response without the token that stopped it."""
-    return tokenizer.decode(samples.tokens[row, : samples.lengths[row] - int(samples.stopped[row])].tolist())
+    """The response without what stopped it."""
+    return tokenizer.decode(samples.tokens[row, : samples.content[row]].tolist())
 
 
 def finish(tokenizer: Tokenizer, samples: Any, row: int) -> str:
@@ -101,7 +102,9 @@ def finish(tokenizer: Tokenizer, samples: Any, row: int) -> str:
 
 def records_until(path: Path, step: int) -> list[Record]:
     """The records of a file, if it is there, up to the step that training goes on from."""
-    return [record for record in read_records(path) if record["step"] <= step] if path.exists() else []
+    # All processes read, or none does: reading waits for the others.
+    there = from_primary(path.exists)
+    return [record for record in read_records(path) if record["step"] <= step] if there else []
 
 
 def _row_kl(arrays: dict[str, np.ndarray], samples: Any, row: int) -> float:

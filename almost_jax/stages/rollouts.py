@@ -44,7 +44,6 @@ class Players:
     critic: LlamaConfig
     reward: LlamaConfig
     temperature: float
-    stop_tokens: tuple[int, ...]
     eos_id: int
     reward_mean: float
     reward_std: float
@@ -57,7 +56,7 @@ class Rollouts:
     """A batch of responses and what the models say of them.
 
     tokens: [B, P + G] int32, prompt + response. prompt_lengths, lengths: [B] int32, the latter counting the response's
-    tokens, stop token included. responses: [B, G] int32. logprobs, entropies, reference_logprobs, values: [B, G]
+    tokens, those of a stop included. responses: [B, G] int32. logprobs, entropies, reference_logprobs, values: [B, G]
     float32, at the sampling temperature; meaningless beyond `lengths`; no reference_logprobs where there is no
     reference. scores: [B] float32, the reward model's, not normalised.
     """
@@ -83,22 +82,20 @@ def joined(prompts: Array, prompt_lengths: Array, responses: Array, lengths: Arr
 
 
 def reward_inputs(
-    prompts: Array, prompt_lengths: Array, responses: Array, lengths: Array, stop_tokens: tuple[int, ...], eos_id: int
+    prompts: Array, prompt_lengths: Array, responses: Array, content: Array, eos_id: int
 ) -> tuple[Array, Array]:
-    """What the reward model reads: prompt, response without its stop token, end of text.
+    """What the reward model reads: prompt, response without what stopped it, end of text.
 
     Args:
         prompts: [B, P] int32, beginning of text first if the tokenizer has one.
         prompt_lengths: [B] int32.
         responses: [B, G] int32.
-        lengths: [B] int32, stop token included.
-        stop_tokens: which tokens stop a response.
+        content: [B] int32, how many tokens of each response count.
         eos_id: the end of text.
 
     Returns:
         Tokens [B, P + G + 1] and lengths [B], both int32.
     """
-    content = lengths - ended(responses, lengths, stop_tokens).astype(jnp.int32)
     width = prompts.shape[1] + responses.shape[1] + 1
     rows = joined(prompts, prompt_lengths, responses, content, width)
     end = prompt_lengths + content
@@ -165,8 +162,8 @@ def judge(
     flat_reward, reward_config = decode_layout(reward, players.reward, platform())
     flat = dataclasses.replace(players, policy=policy_config, critic=critic_config, reward=reward_config)
 
-    def one(rows: tuple[Array, Array, Array, Array]) -> Rollouts:
-        prompt, prompt_length, response, length = rows
+    def one(rows: tuple[Array, Array, Array, Array, Array]) -> Rollouts:
+        prompt, prompt_length, response, length, content = rows
         tokens = joined(prompt, prompt_length, response, length, prompt.shape[1] + response.shape[1])
         ours, entropies = response_logprobs(
             flat_policy, flat.policy, tokens, prompt_length, response, flat.temperature
@@ -176,7 +173,7 @@ def judge(
             theirs = response_logprobs(
                 flat_reference, flat.policy, tokens, prompt_length, response, flat.temperature
             )[0]
-        read = reward_inputs(prompt, prompt_length, response, length, flat.stop_tokens, flat.eos_id)
+        read = reward_inputs(prompt, prompt_length, response, content, flat.eos_id)
         return Rollouts(
             tokens=tokens,
             prompt_lengths=prompt_length,
@@ -189,7 +186,7 @@ def judge(
             scores=sequence_scores(flat_reward, flat.reward, *read),
         )
 
-    rows = prompts, prompt_lengths, samples.tokens, samples.lengths
+    rows = prompts, prompt_lengths, samples.tokens, samples.lengths, samples.content
     if parts == 1:
         return one(rows)
     return _merged(jax.lax.map(one, _split(rows, parts)))

@@ -29,7 +29,7 @@ from almost_jax.sampling.layout import decode_layout
 from almost_jax.stages.demonstrations import demonstration_turns, is_answered
 from almost_jax.stages.dialogues import training_tokens
 from almost_jax.stages.execution import placed_for_training, training_shape, training_spread
-from almost_jax.stages.training import count_steps, fit, fixed_length, fresh_state, shardings_of
+from almost_jax.stages.training import count_steps, fit, fixed_length, fresh_state, row_limit, shardings_of
 
 # Token ids, and for each of them whether it is a target.
 Example: TypeAlias = tuple[Sequence[int], Sequence[bool]]
@@ -54,10 +54,11 @@ def fine_tune(run: Run, name: str, file: str) -> dict[str, Any]:
     source = run.model_to_train(config.model)
     demonstrations = [record for record in read_records(run.path(file)) if is_answered(record)]
     examples = [training_tokens(source.tokenizer, demonstration_turns(record)) for record in demonstrations]
-    fitting = [example for example in examples if len(example[0]) <= training.max_length]
+    limit = row_limit(training, source.config)
+    fitting = [example for example in examples if len(example[0]) <= limit]
     if not fitting:
         raise InputError(
-            f"sft.training.max_length: none of {len(examples)} demonstrations fits into {training.max_length} tokens"
+            f"sft.training.max_length: none of {len(examples)} demonstrations fits into {limit} tokens"
         )
     run.say(f"{name}: {len(fitting)} demonstrations, {len(examples) - len(fitting)} too long")
     # Both models see the same order, so that they differ by their demonstrations alone.

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from almost_jax.config import ExperimentConfig, PpoConfig, TrainingConfig
-from almost_jax.core.llama import Params
+from almost_jax.config import ExperimentConfig, OptimizerConfig, PpoConfig, TrainingConfig
+from almost_jax.core.llama import LlamaConfig, Params
 from almost_jax.core.partitioning import batch_sharding, global_array, replicated, row_parts
 from almost_jax.core.train import Batch, TrainState, learning_rate_schedule
 from almost_jax.errors import InputError
@@ -126,6 +126,20 @@ def count_steps(training: TrainingConfig, examples: int) -> int:
     return max(training.epochs * examples // training.batch_size, 1)
 
 
+def row_limit(training: TrainingConfig, model: LlamaConfig) -> int:
+    """The longest row that is learned from: `max_length`, or the model's positions where those are fewer."""
+    return min(training.max_length, model.max_position_embeddings)
+
+
+def check_warmup(run: Run, name: str, optimizer: OptimizerConfig, updates: int) -> None:
+    """Say of a warm-up that is as long as the whole run that the learning rate won't get to its peak."""
+    if optimizer.warmup_steps >= updates:
+        run.say(
+            f"{name}: warmup_steps {optimizer.warmup_steps} for {updates} updates: the learning rate ends below "
+            f"{optimizer.learning_rate:g}, before it gets there"
+        )
+
+
 def fixed_length(longest: int) -> int:
     """The one length that every row of a data set is padded to, so that one program is compiled."""
     return bucket_length(longest, FIXED_MULTIPLE)
@@ -202,6 +216,7 @@ def fit(
         InputError: the batch can't be split over the mesh, or the checkpoint has other shapes.
         Preempted: SIGTERM came; the state is saved.
     """
+    check_warmup(run, name, training.optimizer, total_steps)
     schedule = learning_rate_schedule(training.optimizer, total_steps)
     action = training.guards.non_finite
     with contextlib.ExitStack() as stack:

@@ -148,12 +148,16 @@ def mean_figures(every: Sequence[Mapping[str, float]], ppo: PpoConfig) -> dict[s
 
 def make_optimizers(ppo: PpoConfig) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
     """Policy's and critic's optimizer: the same but for the learning rate and the policy's later start."""
-    per_step = ppo.num_ppo_epochs * ppo.num_mini_batches
     critic = ppo.optimizer.model_copy(update={"learning_rate": ppo.value_learning_rate})
     return (
-        make_optimizer(ppo.optimizer, max(ppo.steps - ppo.critic_warmup_steps, 1) * per_step),
-        make_optimizer(critic, ppo.steps * per_step),
+        make_optimizer(ppo.optimizer, policy_updates(ppo)),
+        make_optimizer(critic, ppo.steps * ppo.num_ppo_epochs * ppo.num_mini_batches),
     )
+
+
+def policy_updates(ppo: PpoConfig) -> int:
+    """The policy's updates in all steps: none while the critic learns alone."""
+    return max(ppo.steps - ppo.critic_warmup_steps, 1) * ppo.num_ppo_epochs * ppo.num_mini_batches
 
 
 def policy_learning_rate(ppo: PpoConfig, step: int, updates: int) -> float:

@@ -94,7 +94,7 @@ def ppo_memory(shape: LlamaConfig, rows: int, length: int) -> int:
     fields |= {"tokens": struct(jnp.int32, rows, length), "responses": struct(jnp.int32, rows, answer)}
     fields |= {name: struct(jnp.int32, rows) for name in ("prompt_lengths", "lengths")}
     players = Players(
-        policy=shape, critic=shape, reward=shape, temperature=1.0, stop_tokens=(2,), eos_id=2, reward_mean=0.0,
+        policy=shape, critic=shape, reward=shape, temperature=1.0, eos_id=2, reward_mean=0.0,
         reward_std=1.0, value_shift=0.0, value_scale=1.0,
     )  # fmt: skip
     update: Any = make_update(players, ppo, *optimizers, True, None)

@@ -169,7 +169,7 @@ def ppo(spec: dict[str, Any]) -> dict[str, Any]:
     def actors(*given: Any) -> Any:
         found = load_actors(*given)
         rules = dataclasses.replace(found.rules, stop_tokens=())
-        return dataclasses.replace(found, rules=rules, players=dataclasses.replace(found.players, stop_tokens=()))
+        return dataclasses.replace(found, rules=rules, stops=None)
 
     def prompts(*given: Any) -> Any:
         lengths = np.full(size.prompts, size.prompt_tokens, np.int32)

@@ -1,6 +1,7 @@
 """score: exact log-probs in the file's order, rewards, and a file that goes on where it was interrupted."""
 
 import dataclasses
+import functools
 import importlib.util
 import json
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 from almost_jax.commands import scoring
 from almost_jax.core.heads import sequence_scores
-from almost_jax.core.llama import hidden_states, logits
+from almost_jax.core.llama import LlamaConfig, Params, hidden_states, logits
 from almost_jax.errors import InputError
 from almost_jax.io.huggingface import save_llama
 from almost_jax.io.models import Model, save_model
@@ -38,10 +39,16 @@ def reward() -> Model:
     return make_model("reward")
 
 
+@functools.partial(jax.jit, static_argnums=1)
+def forward(params: Params, config: LlamaConfig, tokens: jax.Array) -> jax.Array:
+    return logits(params, config, hidden_states(params, config, tokens))
+
+
 def alone(model: Model, prompt: list[int], completion: list[int]) -> np.ndarray:
     """Log-probs of one completion, from the logits of the whole row."""
-    row = jnp.asarray([[*prompt, *completion]], jnp.int32)
-    everything = jax.nn.log_softmax(logits(model.params, model.config, hidden_states(model.params, model.config, row)))
+    row = [*prompt, *completion]
+    padded = jnp.asarray([row + [0] * (16 - len(row))], jnp.int32)
+    everything = jax.nn.log_softmax(forward(model.params, model.config, padded))
     return np.asarray([everything[0, len(prompt) - 1 + place, token] for place, token in enumerate(completion)])
 
 

@@ -58,7 +58,7 @@ def full_logits() -> FullLogits:
     """Logits [T, V] of one row by the full forward pass, uncached; of one shape, so that it's compiled once."""
 
     def full(params: Params, config: LlamaConfig, row: Sequence[int]) -> np.ndarray:
-        tokens = np.zeros((1, 40), np.int32)
+        tokens = np.zeros((1, 48), np.int32)
         tokens[0, : len(row)] = row
         return np.asarray(_forward(params, config, jnp.asarray(tokens)))[0, : len(row)]
 

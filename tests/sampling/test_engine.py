@@ -302,3 +302,18 @@ def test_bad_requests_are_refused_before_anything_runs(tiny: LlamaConfig, make_p
     assert list(generate(params, tiny, [], RULES, SETTINGS, seed=0, prefix_tokens=())) == []
     with pytest.raises(ValueError, match="steps_per_wake 0 must be at least 1"):
         Settings(4, 0, True, 32)
+
+
+@pytest.mark.parametrize(
+    ("pieces", "count"),
+    [
+        (["a", " b.", "\n", "\nHu", "man:"], 2),
+        (["a", " b", ".\n\n", "Human", ":"], 3),
+        (["Human", ":"], 0),
+        (["\n\n", "Human", ":"], 0),
+        (["a", "b"], 2),
+    ],
+)
+def test_what_stands_before_a_stop_string_to_the_token(pieces: list[str], count: int):
+    stops = StopStrings(("\nHuman:",), lambda tokens: "\n" + "".join(pieces[token] for token in tokens).strip())
+    assert stops.before(range(len(pieces))) == count

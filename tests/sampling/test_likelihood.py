@@ -1,11 +1,11 @@
 """Likelihoods of given continuations: equal to the full forward pass, whatever is shared, sorted or padded."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 
-from almost_jax.core.llama import LlamaConfig, hidden_states, init_params, logits
+from almost_jax.core.llama import LlamaConfig, init_params
 from almost_jax.core.rotary import RopeConfig
 from almost_jax.sampling import likelihood
 from almost_jax.sampling.likelihood import continuation_likelihoods
@@ -29,17 +29,15 @@ def params():
     return init_params(CONFIG, jax.random.key(7))
 
 
-def alone(params, context, continuation):
+def alone(full_logits, params, context, continuation):
     """Log-probs of the continuation and the likeliest tokens at its places, from the whole row's logits."""
-    row = jnp.asarray([[*context, *continuation]], jnp.int32)
-    everything = jax.nn.log_softmax(logits(params, CONFIG, hidden_states(params, CONFIG, row)))[0]
+    everything = scipy.special.log_softmax(full_logits(params, CONFIG, [*context, *continuation]), axis=-1)
     places = len(context) - 1 + np.arange(len(continuation))
-    wanted = jnp.asarray(continuation, jnp.int32)
-    return np.asarray(everything[places, wanted]), np.asarray(everything[places].argmax(-1))
+    return everything[places, np.asarray(continuation, int)], everything[places].argmax(-1)
 
 
 @pytest.mark.parametrize("shared", [0, 3, 21])
-def test_04_equal_to_the_full_pass_in_the_order_given(params, shared: int):
+def test_04_equal_to_the_full_pass_in_the_order_given(params, full_logits, shared: int):
     rng = np.random.default_rng(shared)
     start = rng.integers(0, 29, shared).tolist()
     contexts = [[*start, *rng.integers(0, 29, size).tolist()] for size in (5, 1, 9, 2, 5)]
@@ -48,23 +46,21 @@ def test_04_equal_to_the_full_pass_in_the_order_given(params, shared: int):
     for index in (1, 4):
         continuations[index] = []
         for _ in range(3):
-            row = jnp.asarray([[*contexts[index], *continuations[index]]], jnp.int32)
-            last = logits(params, CONFIG, hidden_states(params, CONFIG, row))[0, -1]
+            last = full_logits(params, CONFIG, [*contexts[index], *continuations[index]])[-1]
             continuations[index].append(int(last.argmax()))
     continuations[4][-1] = (continuations[4][-1] + 1) % 29
     found = continuation_likelihoods(params, CONFIG, contexts, continuations, batch_size=2, multiple=4)
     assert [one.greedy for one in found] == [False, True, True, False, False]
     for one, context, continuation in zip(found, contexts, continuations, strict=True):
-        expected, _ = alone(params, context, continuation)
+        expected, _ = alone(full_logits, params, context, continuation)
         np.testing.assert_allclose(one.logprobs, expected, atol=1e-5)
         assert one.total == pytest.approx(float(expected.sum()), abs=1e-4)
 
 
-def test_endings_of_one_row_are_computed_together(params, monkeypatch: pytest.MonkeyPatch):
+def test_endings_of_one_row_are_computed_together(params, full_logits, monkeypatch: pytest.MonkeyPatch):
     contexts = [[3, 4], [3, 4], [5], [3, 4], [3]]
     continuations = [[7, 8], [7, 11], [8], [7, 2], [4, 7, 8]]
-    row = jnp.asarray([[3, 4, 7]], jnp.int32)
-    best = int(logits(params, CONFIG, hidden_states(params, CONFIG, row))[0, -1].argmax())
+    best = int(full_logits(params, CONFIG, [3, 4, 7])[-1].argmax())
     continuations[3] = [7, best]
     sizes = []
     real = likelihood._score
@@ -73,7 +69,7 @@ def test_endings_of_one_row_are_computed_together(params, monkeypatch: pytest.Mo
     # Rows [5], [3, 4, 7] behind two tokens and behind one.
     assert sizes == [(4, 3)]
     for one, context, continuation in zip(found, contexts, continuations, strict=True):
-        expected, likeliest = alone(params, context, continuation)
+        expected, likeliest = alone(full_logits, params, context, continuation)
         np.testing.assert_allclose(one.logprobs, expected, atol=1e-5)
         assert one.greedy == (likeliest.tolist() == continuation)
 

@@ -55,7 +55,7 @@ def trees(config: LlamaConfig) -> tuple[Params, Params]:
 
 def players(config: LlamaConfig) -> Players:
     return Players(
-        policy=config, critic=config, reward=config, temperature=0.7, stop_tokens=(2,), eos_id=2, reward_mean=0.0,
+        policy=config, critic=config, reward=config, temperature=0.7, eos_id=2, reward_mean=0.0,
         reward_std=1.0, value_shift=0.0, value_scale=1.0,
     )  # fmt: skip
 
@@ -89,7 +89,7 @@ def judging(config: LlamaConfig) -> int:
     policy, critic = trees(config)
     samples = Samples(
         tokens=struct(B, G, dtype=jnp.int32), logprobs=struct(B, G), lengths=struct(B, dtype=jnp.int32),
-        stopped=struct(B, dtype=jnp.bool_),
+        content=struct(B, dtype=jnp.int32), stopped=struct(B, dtype=jnp.bool_),
     )  # fmt: skip
     prompts, lengths = struct(B, P, dtype=jnp.int32), struct(B, dtype=jnp.int32)
 

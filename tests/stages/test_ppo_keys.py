@@ -22,7 +22,7 @@ SHAPE = LlamaConfig(
 )  # fmt: skip
 EOS = 2
 PLAYERS = Players(
-    policy=SHAPE, critic=SHAPE, reward=SHAPE, temperature=0.8, stop_tokens=(EOS, 3), eos_id=EOS, reward_mean=0.4,
+    policy=SHAPE, critic=SHAPE, reward=SHAPE, temperature=0.8, eos_id=EOS, reward_mean=0.4,
     reward_std=1.9, value_shift=0.4, value_scale=1.9,
 )  # fmt: skip
 LENGTHS = np.array([5, 3, 1, 4, 2, 5, 1, 3], np.int32)

@@ -17,8 +17,12 @@ from almost_jax.config import MeshConfig, PpoConfig
 from almost_jax.io.models import load_model
 from almost_jax.io.records import read_records
 from almost_jax.io.run import Run
+from almost_jax.sampling.scoring import score_sequences
+from almost_jax.sampling.stops import StopStrings
 from almost_jax.stages import rlsf
 from almost_jax.stages.actors import frozen, load_actors
+from almost_jax.stages.dialogues import dialogue_tokens
+from almost_jax.stages.templates import Turn
 
 
 def lines_of(run: Run) -> list[dict[str, Any]]:
@@ -49,6 +53,40 @@ def test_without_a_kl_penalty_no_reference_is_kept_or_run(
         assert PpoConfig(kl_coef=coefficient, kl_controller=controller).uses_reference is uses
     with pytest.raises(ValidationError, match="0 stays 0; start above it"):
         PpoConfig(kl_coef=0.0, kl_controller="adaptive")
+    with pytest.raises(ValidationError, match="12 responses: .* with steps of 60 responses"):
+        PpoConfig(batch_size=60, kl_horizon=12, kl_controller="adaptive")
+    PpoConfig(batch_size=60, kl_horizon=13, kl_controller="adaptive")
+    with pytest.raises(ValidationError, match="a step of one update has none to stop"):
+        PpoConfig(num_ppo_epochs=1, num_mini_batches=1, early_stop_kl=0.1)
+
+
+def test_23_running_on_into_a_human_turn_that_takes_several_tokens_stops_and_is_penalised(
+    make_ppo: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_ppo(tmp_path, steps=2, missing_eos_penalty=0.7, normalize_reward=False, kl_coef=0.0)
+    # Here the label is one token; on a tokenizer that splits it the engine looks for its text, as for this word.
+    monkeypatch.setattr(
+        "almost_jax.stages.actors.spanning_stops", lambda tokenizer, stops: StopStrings((" red",), tokenizer.decode)
+    )
+    rlsf.run_stage(run)
+    tokenizer = load_actors(run).sft.tokenizer
+    reward = load_model(str(run.path("reward", "model")), run.mesh, "float32")
+    records = read_records(run.path("rlsf", "rollouts.jsonl"))
+    stopped = [record for record in records if record["finish"] == "stop" and "red" not in record["response"]]
+    # The word is part of what was drawn, but not of what is read. (Special tokens have no text.)
+    plain = [one for one in stopped if one["tokens"] == len(tokenizer.encode(one["response"])) + 1]
+    assert len(plain) > 1 and any(record["response"] for record in plain)
+    assert all(one["reward"] == pytest.approx(one["score"] - 0.7, abs=2e-4) for one in stopped)
+    for record in plain:
+        turns: list[Turn] = [
+            {"role": "human", "text": record["query"]}, {"role": "assistant", "text": record["response"]},
+        ]
+        alone = score_sequences(
+            reward.params, reward.config, [dialogue_tokens(tokenizer, turns)], batch_size=1, multiple=16
+        )
+        assert record["score"] == pytest.approx(float(alone[0]), abs=2e-4)
+    limited = sum(record["finish"] == "length" for record in records) / len(records)
+    assert np.mean([line["at_limit"] for line in lines_of(run)]) == pytest.approx(limited)
 
 
 def test_frozen_models_are_cast_but_for_norms_and_head(make_ppo: Callable[..., Run], tmp_path: Path) -> None:
@@ -80,7 +118,9 @@ def test_storing_frozen_models_in_the_compute_dtype_changes_no_bit(
     players = dataclasses.replace(actors.players, **shapes)
     tokens = jnp.full((2, 6), 5, jnp.int32)
     lengths = jnp.array([3, 6], jnp.int32)
-    samples = rlsf.Samples(tokens=tokens, logprobs=jnp.zeros((2, 6)), lengths=lengths, stopped=jnp.zeros(2, bool))
+    samples = rlsf.Samples(
+        tokens=tokens, logprobs=jnp.zeros((2, 6)), lengths=lengths, content=lengths, stopped=jnp.zeros(2, bool)
+    )
     found = [
         rlsf.judge(
             actors.sft.params, them.sft.params, actors.reward.params, them.reward.params,

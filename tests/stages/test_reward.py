@@ -362,3 +362,13 @@ def test_as_is_model_is_trained_on_votes_and_reports_its_own_accuracy(
     summary = as_is_reward.run_stage(run)
     assert summary["pairs"] + summary["held_out"] == 40 and 0.0 <= summary["accuracy"] <= 1.0
     assert load_model(str(run.path("as_is_reward", "model")), run.mesh, "float32").kind == "reward"
+
+
+def test_without_held_out_pairs_it_trains_and_says_so_without_warnings(
+    make_run: Callable[..., Run], tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    training = {"optimizer": {"learning_rate": 3e-3}, "batch_size": 8, "checkpoint_every": 2, "log_every": 1}
+    run = make_run(tmp_path, reward={"held_out": 0, "reference_samples": 20, "training": training})
+    assert reward.run_stage(run)["held_out"] == 0
+    said = [str(warning.message) for warning in recwarn]
+    assert not [one for one in said if "Degrees of freedom" in one or "invalid value" in one]

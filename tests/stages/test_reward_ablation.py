@@ -131,6 +131,7 @@ def test_holding_out_all_pairs_names_the_key(ablated_run: Callable[..., Run], tm
         reward_ablation.run_stage(ablated_run(tmp_path, held_out=99))
 
 
+@pytest.mark.slow
 def test_05_the_figures_are_the_same_on_four_devices(
     ablated_run: Callable[..., Run], make_run: Callable[..., Run], tmp_path: Path
 ) -> None:

@@ -7,6 +7,7 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -51,7 +52,6 @@ PLAYERS = Players(
     critic=CONFIG,
     reward=CONFIG,
     temperature=0.7,
-    stop_tokens=(EOS, HUMAN),
     eos_id=EOS,
     reward_mean=0.3,
     reward_std=1.7,
@@ -78,7 +78,7 @@ def real_rollouts(temperature: float, parts: int = 2) -> tuple[dict[str, Any], S
         Request(str(row), tuple(prompts[row, : int(length)].tolist())) for row, length in enumerate(lengths)
     ]
     drawn = generate(policy, CONFIG, requests, rules, Settings(8, 4, True, 256), seed=3, prefix_tokens=())
-    samples = jax.tree.map(jnp.asarray, stacked(list(drawn), 13))
+    samples = jax.tree.map(jnp.asarray, stacked(list(drawn), 13, None))
     players = dataclasses.replace(PLAYERS, temperature=temperature)
     judged = rollouts.judge(policy, policy, scored(5), scored(7), prompts, lengths, samples, players, parts)
     return policy, samples, judged, players
@@ -141,7 +141,7 @@ def test_17_reward_model_reads_prompt_response_and_end_of_text() -> None:
     prompts = jnp.array([[1, 9, 8, 0, 0], [1, 9, 8, 7, 6], [1, 4, 0, 0, 0], [1, 5, 6, 0, 0]], jnp.int32)
     responses = jnp.array([[11, EOS, 0, 0], [12, 13, 14, 15], [12, HUMAN, 0, 0], [EOS, 0, 0, 0]], jnp.int32)
     tokens, lengths = rollouts.reward_inputs(
-        prompts, jnp.array([3, 5, 2, 3]), responses, jnp.array([2, 4, 2, 1]), (EOS, HUMAN), EOS
+        prompts, jnp.array([3, 5, 2, 3]), responses, jnp.array([1, 4, 1, 0]), EOS
     )
     expected = [[1, 9, 8, 11, EOS], [1, 9, 8, 7, 6, 12, 13, 14, 15, EOS], [1, 4, 12, EOS], [1, 5, 6, EOS]]
     assert tokens.shape == (4, 10)
@@ -343,12 +343,32 @@ def test_ppo_raises_the_reward_of_a_policy_that_can_get_it(make_ppo: Callable[..
     assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.3 * std
 
 
+def test_every_epoch_of_every_step_takes_all_rows_in_an_order_of_its_own(
+    make_ppo: Callable[..., Run], tmp_path: Path
+) -> None:
+    run, taken = make_ppo(tmp_path, num_ppo_epochs=3, num_mini_batches=2), list[list[int]]()
+
+    def update(state: Any, learned: Any, rows: Any) -> Any:
+        taken.append(rows.tolist())
+        return state, {"too_far": 0.0}
+
+    learned: Any = SimpleNamespace(tokens=np.zeros((8, 2)))
+    state: Any = None
+    for step in (1, 2):
+        rlsf.updated(run, state, learned, step, update)
+    orders = [(*taken[place], *taken[place + 1]) for place in range(0, 12, 2)]
+    assert all(sorted(order) == list(range(8)) for order in orders)
+    assert len(set(orders)) == 6 and tuple(range(8)) not in orders
+
+
 def test_critic_warm_up_leaves_the_policy_alone(make_ppo: Callable[..., Run], tmp_path: Path) -> None:
-    run = make_ppo(tmp_path, critic_warmup_steps=2, critic="sft", steps=3)
+    run = make_ppo(tmp_path, critic_warmup_steps=2, critic="sft", steps=3, kl_controller="adaptive", kl_horizon=100)
     rlsf.run_stage(run)
     lines = read_records(run.path("rlsf", "metrics.jsonl"))
     assert [line["learning_rate"] > 0 for line in lines] == [False, False, True]
     assert [abs(line["kl"]) < 1e-5 for line in lines] == [True, True, True]
+    # An adaptive coefficient would fall while the KL is 0.
+    assert [line["kl_coef"] for line in lines] == [pytest.approx(run.config.ppo.kl_coef)] * 3
     # A zero head predicts 0 at first.
     actors = load_actors(run)
     state = rlsf.start_state(run, actors, *rlsf.make_optimizers(run.config.ppo))

@@ -41,11 +41,11 @@ def drawn(run: Run) -> tuple[np.ndarray, np.ndarray]:
     """What PPO draws for eight prompts from a state that is trained on `run.mesh`."""
     model = run.model_to_train("small")
     players = Players(
-        policy=model.config, critic=model.config, reward=model.config, temperature=0.9, stop_tokens=(2,), eos_id=2,
+        policy=model.config, critic=model.config, reward=model.config, temperature=0.9, eos_id=2,
         reward_mean=0.0, reward_std=1.0, value_shift=0.0, value_scale=1.0,
     )  # fmt: skip
     rules = SamplingRules(temperature=0.9, top_p=1.0, top_k=0, max_new_tokens=7, stop_tokens=(2,))
-    actors = Actors(model, model, players, rules)
+    actors = Actors(model, model, players, rules, None)
     state = type("State", (), {"policy": type("Policy", (), {"params": model.params})})
     tokens = np.random.default_rng(1).integers(3, 40, (8, 5)).astype(np.int32)
     prompts = Prompts([""] * 8, tokens, np.full((8,), 5, np.int32))

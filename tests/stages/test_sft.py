@@ -14,7 +14,7 @@ import pytest
 
 from almost_jax.config import MeshConfig
 from almost_jax.core.attention import attention, causal_mask
-from almost_jax.core.llama import hidden_states, logits
+from almost_jax.core.llama import LlamaConfig, Params, hidden_states, logits
 from almost_jax.core.splash import splash_attention
 from almost_jax.core.train import accumulate_gradients
 from almost_jax.errors import InputError
@@ -32,6 +32,14 @@ TWO_TURNS: list[Turn] = [
     {"role": "human", "text": "please one"},
     {"role": "assistant", "text": "the river bye"},
 ]
+
+loss_sums = jax.jit(sft.sft_loss_sums, static_argnames=("config", "z_loss"))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def forward(params: Params, config: LlamaConfig, tokens: jax.Array) -> jax.Array:
+    """The logits of whole rows."""
+    return logits(params, config, hidden_states(params, config, tokens))
 
 
 class Stopped(Exception):
@@ -76,10 +84,10 @@ def test_loss_is_the_mean_over_targets_of_ragged_examples(small: Model) -> None:
     examples = [dialogues.training_tokens(small.tokenizer, TWO_TURNS[:size]) for size in (2, 4)]
     batch = sft.example_batch(examples, 32, small.tokenizer.pad_id)
     placed = {name: jnp.asarray(array) for name, array in batch.items()}
-    total, (targets, _) = sft.sft_loss_sums(small.params, placed, config=small.config, z_loss=0.0)
+    total, (targets, _) = loss_sums(small.params, placed, config=small.config, z_loss=0.0)
     expected, count = 0.0, 0
     for tokens, wanted in examples:
-        scores = logits(small.params, small.config, hidden_states(small.params, small.config, jnp.asarray([tokens])))
+        scores = forward(small.params, small.config, jnp.asarray([tokens]))
         logprobs = np.asarray(jax.nn.log_softmax(scores, axis=-1))[0]
         for place, target in enumerate(wanted):
             if target:
@@ -89,7 +97,7 @@ def test_loss_is_the_mean_over_targets_of_ragged_examples(small: Model) -> None:
     assert float(total) == pytest.approx(expected, rel=1e-5)
     # Padding is masked by length, also where the pad token is a real one.
     other = sft.example_batch(examples, 48, small.tokenizer.eos_id)
-    again, (same, _) = sft.sft_loss_sums(
+    again, (same, _) = loss_sums(
         small.params, {name: jnp.asarray(array) for name, array in other.items()}, config=small.config, z_loss=0.0
     )
     assert int(same) == count and float(again) == pytest.approx(expected, rel=1e-5)
@@ -167,11 +175,9 @@ def test_packed_rows_are_equal_under_splash_attentions_kernel() -> None:
 def test_z_loss_by_hand(small: Model) -> None:
     examples = [dialogues.training_tokens(small.tokenizer, TWO_TURNS)]
     batch = {name: jnp.asarray(array) for name, array in sft.example_batch(examples, 24, 0).items()}
-    plain, (number, _) = sft.sft_loss_sums(small.params, batch, config=small.config, z_loss=0.0)
-    total, (_, metrics) = sft.sft_loss_sums(small.params, batch, config=small.config, z_loss=0.5)
-    scores = np.asarray(
-        logits(small.params, small.config, hidden_states(small.params, small.config, batch["tokens"])), np.float64
-    )[0]
+    plain, (number, _) = loss_sums(small.params, batch, config=small.config, z_loss=0.0)
+    total, (_, metrics) = loss_sums(small.params, batch, config=small.config, z_loss=0.5)
+    scores = np.asarray(forward(small.params, small.config, batch["tokens"]), np.float64)[0]
     where = np.flatnonzero(batch["targets"][0]) - 1
     squares = np.square(np.log(np.exp(scores[where]).sum(axis=-1))).sum()
     assert float(total - plain) == pytest.approx(0.5 * squares, rel=1e-5)
@@ -233,7 +239,7 @@ def test_human_tokens_get_no_gradient_as_targets(small: Model) -> None:
         params = {**small.params, "lm_head": {"kernel": head}}
         placed = {name: jnp.asarray(array) for name, array in batch.items()}
         # A word's own logit matters at targets alone.
-        return sft.sft_loss_sums(params, placed, config=config, z_loss=0.0)[0]
+        return loss_sums(params, placed, config=config, z_loss=0.0)[0]
 
     gradient = jax.grad(loss)(small.params["lm_head"]["kernel"])
     red = small.tokenizer.encode("red")[0]
@@ -318,3 +324,18 @@ def test_28_fine_tuning_stopped_and_resumed_is_the_same_to_the_byte(
         ours, theirs = (load_model(str(run.path(name, "model")), run.mesh, "float32") for run in (whole, resumed))
         for left, right in zip(jax.tree.leaves(ours.params), jax.tree.leaves(theirs.params), strict=True):
             np.testing.assert_array_equal(left, right)
+
+
+def test_rows_beyond_the_models_positions_are_too_long_and_a_long_warm_up_is_said_aloud(
+    make_run: Callable[..., Run], tmp_path: Path
+) -> None:
+    training = {"optimizer": {"warmup_steps": 3}, "batch_size": 8, "max_length": 1024, "log_every": 1}
+    run = make_run(tmp_path, sft={"training": training})
+    records = read_records(run.path("demonstrations.jsonl"))
+    long: list[Turn] = [{"role": "human", "text": "what is"}, {"role": "assistant", "text": "red " * 150}]
+    write_records(run.path("demonstrations.jsonl"), [*records, {"query_id": "long", "turns": long}])
+    assert run.model("small").config.max_position_embeddings == 128
+    assert sft.fine_tune(run, "sft", "demonstrations.jsonl")["steps"] == 3
+    said = run.console.file.getvalue()  # type: ignore[attr-defined]
+    assert f"sft: {len(records)} demonstrations, 1 too long" in said
+    assert "sft: warmup_steps 3 for 3 updates: the learning rate ends below 1e-05" in said
