@@ -64,6 +64,9 @@ def is_locked(directory: Path) -> bool:
         return False
     except BlockingIOError:
         return True
+    except OSError:
+        # Some file systems know no locks.
+        return False
     return False
 
 
@@ -97,6 +100,9 @@ def _lock(directory: Path) -> IO[str]:
         holder = file.read().strip() or "another process"
         file.close()
         raise InputError(f"{directory}: is in use by {holder}; wait for it, or give another --out") from error
+    except OSError:
+        # Some file systems know no locks: nobody is kept out there.
+        pass
     file.truncate(0)
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()

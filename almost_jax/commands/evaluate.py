@@ -90,7 +90,7 @@ def vicuna_command(
     temperature: Annotated[float, typer.Option(min=0, help="Of the answers; 0 is greedy.")] = 0.7,
     top_p: Annotated[float, typer.Option(help="Draw from the smallest set that holds this probability.")] = 1.0,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of an answer.")] = 1024,
-    seed: Annotated[int, typer.Option(min=0, help="Of the answers and of the resamples.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of the answers and of the resamples.")] = 0,
     judge_prompts: Annotated[
         Path | None, typer.Option(help="FastChat's judge_prompts.jsonl.", callback=on_disk)
     ] = None,

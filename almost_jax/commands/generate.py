@@ -103,7 +103,7 @@ def generate_command(
     The last line on standard error is a JSON object with the rates.
     """
     check_dtype(dtype)
-    if prompts.absolute() == out.absolute():
+    if prompts.resolve() == out.resolve():
         raise InputError(f"{out}: is the input; expected another file")
     if not 0 < top_p <= 1:
         raise InputError(f"--top-p {top_p}: must be above 0 and at most 1")
@@ -222,6 +222,12 @@ def generate_file(model: Model, prompts: Sequence[Prompt], out: Path, sampling: 
             raise InputError(f"{prompt.where}: {error}") from error
         requests += own
         digests.update(dict.fromkeys([one.id for one in own], sampling.digest(digest, tokens, limit)))
+    for token in tokenizer.backend.all_special_tokens:
+        if any(token in stop for stop in sampling.stops):
+            raise InputError(
+                f"--stop: holds the special token {token!r}, and texts, in which stops are looked for, are without "
+                "those; the end of text ends a sample anyway"
+            )
     rules = dataclasses.replace(sampling.rules, max_new_tokens=most)
     # Of all samples, not of those that are left, so that a call that goes on runs the same programs.
     slots = max(min(sampling.settings.slots, len(requests)), 1)

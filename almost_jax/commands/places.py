@@ -1,6 +1,7 @@
 """Where commands run models: a mesh over the devices of this machine, and programs that are kept between runs."""
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -59,7 +60,7 @@ def parse_mesh(text: str) -> Mesh:
     sizes = dict.fromkeys(MESH_AXES, 1)
     for part in text.split(","):
         axis, _, size = part.strip().partition("=")
-        if axis not in sizes or not size.lstrip("-").isdecimal() or not (int(size) > 0 or int(size) == -1):
+        if axis not in sizes or not re.fullmatch(r"-1|[1-9][0-9]*", size):
             raise InputError(f"--mesh {text!r}: {part!r} isn't {' or '.join(f'{name}=N' for name in MESH_AXES)}")
         sizes[axis] = int(size)
     try:

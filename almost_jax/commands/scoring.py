@@ -49,7 +49,7 @@ def score_command(
     if not input.is_file():
         raise InputError(f"{input}: no such file; expected JSON lines with prompt and completion")
     check_dtype(dtype)
-    if input.absolute() == out.absolute():
+    if input.resolve() == out.resolve():
         raise InputError(f"{out}: is the input; expected another file")
     check_writable(out)
     place = make_mesh(MeshConfig()) if mesh is None else parse_mesh(mesh)

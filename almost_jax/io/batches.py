@@ -62,11 +62,6 @@ def first_fit(lengths: Sequence[int], room: int) -> list[list[int]]:
     return rows
 
 
-def bucket_length(n: int, multiple: int) -> int:
-    """The smallest positive multiple of `multiple` that holds `n` tokens: few lengths mean few compiled programs."""
-    return max(-(-n // multiple), 1) * multiple
-
-
 def epoch_order(seed: int, epoch: int, n: int) -> NDArray[np.int64]:
     """A permutation of 0..n-1 that depends on (seed, epoch) alone.
 

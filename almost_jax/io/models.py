@@ -272,7 +272,7 @@ def _read_card(path: Path) -> dict[str, Any]:
             "score_at_end": bool(card.get("score_at_end", True)),
             **numbers,
         }
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise InputError(f"{path}: not a model of ours ({type(error).__name__}: {error})") from error
 
 

@@ -124,11 +124,16 @@ def write_bytes(path: Path, data: bytes) -> None:
     with _place_refused(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.tmp")
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            # On a full disk it holds the last bytes.
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def check_writable(path: Path) -> None:
@@ -280,6 +285,9 @@ class RecordWriter:
         except OSError:
             # Some file systems know no locks.
             return
+        if not partial.exists() or not os.path.samestat(os.fstat(file.fileno()), partial.stat()):
+            # It was given its final name between opening and locking.
+            raise InputError(f"{partial}: another process has just finished it; is {self.path} what you want?")
 
     def _read_partial(self, partial: Path) -> tuple[set[str], int]:
         """The keys of the whole lines, and the bytes that they take."""

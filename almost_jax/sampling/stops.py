@@ -45,8 +45,9 @@ class StopStrings:
         found = [place for place in map(text.find, self.strings) if place >= 0]
         if not found:
             return len(tokens)
-        wanted = len(text[: min(found)].rstrip())
-        return next(count for count in range(len(tokens) + 1) if len(self.decode(tokens[:count])) >= wanted)
+        head = text[: min(found)].rstrip()
+        # By the letters and not by their number: one that is begun is read as another one.
+        return next(count for count in range(len(tokens) + 1) if self.decode(tokens[:count]).startswith(head))
 
     def _in(self, text: str) -> bool:
         return any(string in text for string in self.strings)

@@ -9,7 +9,7 @@ Schulman et al. 2017; Ziegler et al. 2019; details after Huang et al., "The N Im
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any
 
@@ -25,7 +25,7 @@ from almost_jax.core.losses import length_mask
 from almost_jax.core.partitioning import batch_sharding, replicated
 from almost_jax.io.batches import batch_indices, epoch_order
 from almost_jax.io.checkpoints import Checkpoints
-from almost_jax.io.models import Model, save_model
+from almost_jax.io.models import Model, is_complete, save_model
 from almost_jax.io.preemption import asked_to_stop, saves_first
 from almost_jax.io.records import Record, read_records, write_records
 from almost_jax.io.run import Run
@@ -117,6 +117,8 @@ def run_stage(run: Run, name: str = NAME) -> dict[str, Any]:
             save_policy(run, actors, state, 0, name)
             ahead = collect(run, state, actors, prompts, 1) if ppo.overlap_rollouts else None
         tables = {file: records_until(run.path(name, file), start) for file in TABLES}
+        if found is not None:
+            say_of_gaps(run, name, start, tables)
         metrics = run.metrics(name, start, extra.get(LOGGED))
         stack.callback(metrics.close)
         settings, placement = run.config.mesh, shardings_of(state)
@@ -165,7 +167,9 @@ def run_stage(run: Run, name: str = NAME) -> dict[str, Any]:
         checkpoints.wait()
         save_model(run.path(name, "model"), policy_model(run, actors, state, name))
         metrics.close()
-    final = read_records(run.path(name, "metrics.jsonl"))[-1]
+    lines = read_records(run.path(name, "metrics.jsonl"))
+    # They may have been lost behind a finished training.
+    final = lines[-1] if lines and lines[-1]["step"] == ppo.steps else {}
     kept = ("reward", "kl", "missing_eos", "response_length", "kl_coef")
     return {
         "steps": ppo.steps, "queries": len(prompts.texts), **{key: final[key] for key in kept if key in final}
@@ -396,6 +400,20 @@ def start_state(
 def policy_model(run: Run, actors: Actors, state: PpoState, name: str) -> Model:
     """The policy as a model to save."""
     return dataclasses.replace(actors.sft, params=state.policy.params, name=f"{run.config.name}/{name}")
+
+
+def say_of_gaps(run: Run, name: str, start: int, tables: Mapping[str, list[Record]]) -> None:
+    """Name the kept policies, and the steps in the tables, that a run at step `start` should have and has not."""
+    ppo = run.config.ppo
+    kept = [step for step in range(start + 1) if step % ppo.sample_every == 0 or step == ppo.steps]
+    lost = {"policies": [step for step in kept if not is_complete(run.path(name, "policies", str(step)))]}
+    shown = sorted({1, *kept[1:]})
+    for file, records in tables.items():
+        seen = {record["step"] for record in records}
+        lost[file] = [step for step in shown if step not in seen]
+    for where, steps in lost.items():
+        if steps:
+            run.say(f"{name}: {where} lacks {', '.join(map(str, steps))} of the steps so far; nothing makes them again")
 
 
 def save_policy(run: Run, actors: Actors, state: PpoState, step: int, name: str) -> None:

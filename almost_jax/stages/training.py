@@ -15,11 +15,11 @@ from almost_jax.core.llama import LlamaConfig, Params
 from almost_jax.core.partitioning import batch_sharding, global_array, replicated, row_parts
 from almost_jax.core.train import Batch, TrainState, learning_rate_schedule
 from almost_jax.errors import InputError
-from almost_jax.io.batches import bucket_length
 from almost_jax.io.checkpoints import Checkpoints
 from almost_jax.io.metrics import MetricsLogger
 from almost_jax.io.preemption import Preempted, asked_to_stop, saves_first
 from almost_jax.io.run import Run
+from almost_jax.sampling.padding import bucket_length
 from almost_jax.stages.guards import Guard, fetched, non_finite
 
 HostBatch: TypeAlias = Mapping[str, np.ndarray]

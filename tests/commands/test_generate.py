@@ -104,6 +104,11 @@ def test_28_an_interrupted_file_goes_on(
     assert plain == [{**one, "logprobs": []} for one in read_records(whole)]
 
 
+def test_a_stop_that_no_text_can_hold_is_refused(tmp_path: Path, capsys: Any, folder: Path) -> None:
+    code, _, err = sample(capsys, folder, tmp_path / "out.jsonl", "--stop", "w3 <eos>")
+    assert code == 2 and "--stop: holds the special token '<eos>'" in err and len(err.strip().splitlines()) == 1
+
+
 def test_08_stop_strings_cut_the_text(tmp_path: Path, capsys: Any, folder: Path) -> None:
     free, out = tmp_path / "free.jsonl", tmp_path / "out.jsonl"
     given = ("-n", 8, "--max-new-tokens", 20, "--ignore-eos", "--temperature", 1.5)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from almost_jax.errors import InputError
-from almost_jax.io.batches import batch_indices, bucket_length, epoch_order, pad
+from almost_jax.io.batches import batch_indices, epoch_order, pad
 
 
 def test_pad_by_hand():
@@ -16,11 +16,6 @@ def test_pad_by_hand():
     assert tokens.shape == (0, 4) and lengths.shape == (0,)
     with pytest.raises(InputError, match="sequence 1 has 5 tokens"):
         pad([[1], [1] * 5], 4, 0)
-
-
-def test_bucket_length_by_hand():
-    assert [bucket_length(n, 16) for n in (0, 1, 15, 16, 17, 32, 33)] == [16, 16, 16, 16, 32, 32, 48]
-    assert bucket_length(7, 1) == 7
 
 
 def test_epoch_orders_are_permutations_that_differ():

@@ -317,3 +317,12 @@ def test_bad_requests_are_refused_before_anything_runs(tiny: LlamaConfig, make_p
 def test_what_stands_before_a_stop_string_to_the_token(pieces: list[str], count: int):
     stops = StopStrings(("\nHuman:",), lambda tokens: "\n" + "".join(pieces[token] for token in tokens).strip())
     assert stops.before(range(len(pieces))) == count
+
+
+def test_a_letter_of_several_tokens_before_a_stop_string_is_whole():
+    pieces = [b"a", b"\xf0\x9f", b"\x98", b"\x8a", b"\nHu", b"man:"]
+
+    def decode(tokens):
+        return b"".join(pieces[token] for token in tokens).decode(errors="replace")
+
+    assert StopStrings(("\nHuman:",), decode).before(range(6)) == 4

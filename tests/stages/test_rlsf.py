@@ -223,6 +223,21 @@ class Stopped(Exception):
 ADAPTIVE = {"kl_controller": "adaptive", "kl_target": 0.05, "kl_horizon": 40, "kl_coef": 0.11}
 
 
+def test_what_was_lost_beside_a_checkpoint_is_named(make_ppo: Callable[..., Run], tmp_path: Path) -> None:
+    short = {"steps": 2, "sample_every": 1, "checkpoint_every": 1}
+    assert rlsf.run_stage(make_ppo(tmp_path, **short))["kl_coef"] > 0
+    for lost in ("policies/1", "model"):
+        shutil.rmtree(tmp_path / "rlsf" / lost)
+    for lost in ("samples.jsonl", "metrics.jsonl"):
+        (tmp_path / "rlsf" / lost).unlink()
+    again = make_ppo(tmp_path, **short)
+    assert "kl_coef" not in rlsf.run_stage(again)
+    said = again.console.file.getvalue()  # type: ignore[attr-defined]
+    assert "rlsf: policies lacks 1 of the steps so far" in said
+    assert "rlsf: samples.jsonl lacks 1, 2 of the steps so far" in said and "rollouts.jsonl lacks" not in said
+    assert again.path("rlsf", "model").exists()
+
+
 @pytest.mark.parametrize("stop", [0, 1, 2, 3])
 def test_20_28_stopped_and_resumed_is_the_same_to_the_byte_with_the_same_coefficient(
     make_ppo: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int, trained: dict[str, Path]
