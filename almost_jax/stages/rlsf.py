@@ -49,11 +49,11 @@ from almost_jax.stages.training import (
     CHECKPOINTS_KEPT,
     LOGGED,
     abstract,
-    check_warmup,
     checkpoint_folder,
     fresh_state,
     kept_beside,
     place_batch,
+    say_of_warmup,
     shardings_of,
     stop_if_asked,
 )
@@ -100,7 +100,7 @@ def run_stage(run: Run, name: str = NAME) -> dict[str, Any]:
         actors = load_actors(run)
         prompts = load_prompts(run, actors.sft, ppo.max_prompt_length, name)
         check_positions(actors, int(prompts.lengths.max()))
-        check_warmup(run, name, ppo.optimizer, policy_updates(ppo))
+        say_of_warmup(run, name, ppo.optimizer, policy_updates(ppo))
         policy_optimizer, critic_optimizer = make_optimizers(ppo)
         state = start_state(run, actors, policy_optimizer, critic_optimizer)
         actors = frozen(actors, ppo, run.config.compute_dtype)

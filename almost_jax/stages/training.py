@@ -131,7 +131,7 @@ def row_limit(training: TrainingConfig, model: LlamaConfig) -> int:
     return min(training.max_length, model.max_position_embeddings)
 
 
-def check_warmup(run: Run, name: str, optimizer: OptimizerConfig, updates: int) -> None:
+def say_of_warmup(run: Run, name: str, optimizer: OptimizerConfig, updates: int) -> None:
     """Say of a warm-up that is as long as the whole run that the learning rate won't get to its peak."""
     if optimizer.warmup_steps >= updates:
         run.say(
@@ -216,7 +216,7 @@ def fit(
         InputError: the batch can't be split over the mesh, or the checkpoint has other shapes.
         Preempted: SIGTERM came; the state is saved.
     """
-    check_warmup(run, name, training.optimizer, total_steps)
+    say_of_warmup(run, name, training.optimizer, total_steps)
     schedule = learning_rate_schedule(training.optimizer, total_steps)
     action = training.guards.non_finite
     with contextlib.ExitStack() as stack:
