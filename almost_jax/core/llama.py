@@ -144,13 +144,15 @@ class Kernel(nn.Module):
         if self.out_in:
             turned = self.shape[self.contracted :] + self.shape[: self.contracted]
             parameter: Any = self.param("kernel", nn.initializers.normal(self.stddev), turned)
-            outputs = len(turned) - self.contracted
-            own = tuple(range(outputs, len(turned)))
-            kernel = parameter.astype(x.dtype)
-            if math.prod(x.shape[: -self.contracted]) > _FEW_ROWS:
-                return accumulate(x, kernel, (last, own)).astype(out)
-            product = accumulate(kernel, x, (own, last)).astype(out)
-            return jnp.moveaxis(product, tuple(range(outputs)), tuple(range(-outputs, 0)))
+            outputs, rows = turned[: -self.contracted], x.shape[: -self.contracted]
+            # As matrices: of more dimensions a kernel is transposed before every product.
+            kernel = parameter.astype(x.dtype).reshape(math.prod(outputs), -1)
+            flat = x.reshape(*rows, kernel.shape[1])
+            if math.prod(rows) > _FEW_ROWS:
+                product = accumulate(flat, kernel, ((len(rows),), (1,)))
+            else:
+                product = jnp.moveaxis(accumulate(kernel, flat, ((1,), (len(rows),))), 0, -1)
+            return product.astype(out).reshape(*rows, *outputs)
         if self.gather is None:
             kernel = self.param("kernel", initializer, self.shape)
         else:
@@ -398,7 +400,7 @@ def hidden_states(
         params: the model's tree; a scalar head in it is ignored.
         tokens: [B, T] int32.
         prefix: what all rows saw before their first token.
-        positions: [B, T] absolute positions, below T where there is no prefix; counted from the prefix's end when None.
+        positions: [B, T] absolute positions, below P + T; counted from the prefix's end when None.
         segment_ids: [B, T] for packed rows: tokens see their own segment only.
 
     Returns:
@@ -415,9 +417,9 @@ def hidden_states(
     else:
         mask = causal_mask(positions, segment_ids)
     where: Any = positions
-    if prefix is None and platform() == "cpu":
-        cos, sin = (jnp.asarray(part) for part in rotary_table(config.rope, config.head_dim, tokens.shape[1]))
-        where = (cos[None], sin[None]) if counted else (cos[positions], sin[positions])
+    if platform() == "cpu":
+        cos, sin = _table(config, offset + tokens.shape[1])
+        where = (cos[None, offset:], sin[None, offset:]) if counted else (cos[positions], sin[positions])
     hidden, _ = Llama(config).apply({"params": params}, tokens, where, mask, prefix=shared)
     return hidden
 
@@ -445,7 +447,11 @@ def hidden_states_cached(
     """
     shared, offset = _shared(prefix)
     slots = jax.tree.leaves(cache.keys)[0].shape[-1]
-    positions = offset + cache.lengths[:, None] + jnp.arange(tokens.shape[1])[None, :]
+    positions: Any = offset + cache.lengths[:, None] + jnp.arange(tokens.shape[1])[None, :]
+    if platform() == "cpu":
+        # One place more than there is room for: a row that is full stands there.
+        cos, sin = _table(config, offset + slots + 1)
+        positions = cos[positions], sin[positions]
     mask = cache_mask(cache.lengths, tokens.shape[1], slots)
     hidden, (keys, values) = Llama(config).apply(
         {"params": params}, tokens, positions, mask, cache.lengths, (cache.keys, cache.values), shared
@@ -488,7 +494,9 @@ def prefill_prefix(params: Params, config: LlamaConfig, tokens: Array) -> Prefix
     if config.attention == "plain":
         config = dataclasses.replace(config, attention="blocks")
     row = tokens[None, :]
-    positions = jnp.arange(tokens.shape[0])[None, :]
+    positions: Any = jnp.arange(tokens.shape[0])[None, :]
+    if platform() == "cpu":
+        positions = tuple(part[None] for part in _table(config, tokens.shape[0]))
     mask = jnp.zeros(row.shape, jnp.int32) if config.attention == "splash" else None
     out: Any = Llama(config).apply({"params": params}, row, positions, mask)
     keys, values = out[1]
@@ -517,6 +525,12 @@ def _unstack_backward(num_layers: int, _: None, gradients: Params) -> tuple[Para
 
 
 unstack_layers.defvjp(_unstack_forward, _unstack_backward)
+
+
+def _table(config: LlamaConfig, length: int) -> tuple[Array, Array]:
+    """Cosines and sines [T, H / 2] of the first positions."""
+    cos, sin = rotary_table(config.rope, config.head_dim, length)
+    return jnp.asarray(cos), jnp.asarray(sin)
 
 
 def _shared(prefix: Prefix | None) -> tuple[Any, int]:
