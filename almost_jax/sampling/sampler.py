@@ -6,6 +6,7 @@ the one that is run most.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -22,7 +23,7 @@ from almost_jax.core.llama import (
     hidden_states_cached,
     logits,
 )
-from almost_jax.core.partitioning import constrain
+from almost_jax.core.partitioning import constrain, platform
 from almost_jax.sampling.rules import SamplingRules, draw
 
 
@@ -119,13 +120,7 @@ def admit(
     tokens, logprobs = draw(scores[rows], _step_keys(keys, jnp.zeros(rows.shape, jnp.int32)), rules)
     running = ~_ends(tokens, rules) & (limits > 1)
 
-    def copy(own: Array, new: Array) -> Array:
-        # [.., B, ...] and [.., R, ...], which may differ in room: what doesn't fit is padding. Scanned layers have L in
-        # front.
-        high, wide = (min(own.shape[axis], new.shape[axis]) for axis in (-2, -1))
-        if own.ndim == 5:
-            return own.at[:, places, :, :high, :wide].set(new[:, rows, :, :high, :wide], mode="drop")
-        return own.at[places, :, :high, :wide].set(new[rows, :, :high, :wide], mode="drop")
+    copy = functools.partial(_copied, rows=rows, places=places)
 
     def put(own: Array, new: Array) -> Array:
         return own.at[places].set(new, mode="drop")
@@ -248,17 +243,34 @@ def restore(cache: Cache, kept: Cache, rows: Array, places: Array, lengths: Arra
         lengths: [R'] int32, how many of each row's tokens count.
     """
 
-    def copy(own: Array, old: Array) -> Array:
-        high, wide = (min(own.shape[axis], old.shape[axis]) for axis in (-2, -1))
-        if own.ndim == 5:
-            return own.at[:, places, :, :high, :wide].set(old[:, rows, :, :high, :wide], mode="drop")
-        return own.at[places, :, :high, :wide].set(old[rows, :, :high, :wide], mode="drop")
-
+    copy = functools.partial(_copied, rows=rows, places=places)
     return Cache(
         jax.tree.map(copy, cache.keys, kept.keys),
         jax.tree.map(copy, cache.values, kept.values),
         cache.lengths.at[places].set(lengths, mode="drop"),
     )
+
+
+def _copied(own: Array, new: Array, rows: Array, places: Array) -> Array:
+    """Keys or values [.., B, K, ...] with those of some rows of [.., R, K, ...] at its places; B or beyond is nowhere.
+
+    The two may differ in room: what doesn't fit is padding. Scanned layers have L in front.
+    """
+    high, wide = (min(own.shape[axis], new.shape[axis]) for axis in (-2, -1))
+    if own.ndim == 5:
+        return own.at[:, places, :, :high, :wide].set(new[:, rows, :, :high, :wide], mode="drop")
+    if platform() != "cpu" or not jax.sharding.get_abstract_mesh().empty:
+        return own.at[places, :, :high, :wide].set(new[rows, :, :high, :wide], mode="drop")
+    # A CPU gathers rows number by number and needs memory for all of them; one after the other they are copied.
+    last = own.shape[0] - 1
+
+    def copy(index: Array, own: Array) -> Array:
+        start = (jnp.minimum(places[index], last), 0, 0, 0)
+        row = jax.lax.dynamic_slice_in_dim(new[..., :high, :wide], rows[index], 1)
+        row = jnp.where(places[index] > last, jax.lax.dynamic_slice(own, start, row.shape), row)
+        return jax.lax.dynamic_update_slice(own, row, start)
+
+    return jax.lax.fori_loop(0, rows.shape[0], copy, own)
 
 
 def _ends(tokens: Array, rules: SamplingRules) -> Array:
