@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from almost_jax.config import MeshConfig
-from almost_jax.core.llama import LlamaConfig, Params, hidden_states, logical_axes, logits
+from almost_jax.core.llama import Cache, LlamaConfig, Params, hidden_states, logical_axes, logits, prefill_prefix
 from almost_jax.core.losses import token_logprobs
 from almost_jax.core.partitioning import make_mesh, shardings
 from almost_jax.sampling import sampler
@@ -230,6 +230,42 @@ def test_the_prefix_is_never_copied_per_row(model: tuple[Params, LlamaConfig]) -
     assert f"{heads}x{size}x{shared}x" in lowered.as_text()
     assert f"5x{heads}x{size}x{shared}x" not in lowered.as_text()
     assert f"[5,{heads},{size},{shared}]" not in lowered.compile().as_text()
+
+
+def test_rows_are_copied_to_their_places_and_nowhere_else(tiny: LlamaConfig) -> None:
+    heads, size = tiny.num_kv_heads, tiny.head_dim
+    rng = np.random.default_rng(2)
+    own = rng.normal(size=(5, heads, size, 9)).astype(np.float32)
+    for width in (4, 9, 12):
+        new = rng.normal(size=(3, heads, size, width)).astype(np.float32)
+        rows, places = np.array([2, 2, 0, 1, 1], np.int32), np.array([4, 0, 5, 3, 7], np.int32)
+        kept = Cache((own,), (own.swapaxes(2, 3),), jnp.zeros(5, jnp.int32))
+        other = Cache((new,), (new.swapaxes(2, 3),), jnp.zeros(3, jnp.int32))
+        found = jax.jit(sampler.restore)(kept, other, rows, places, np.arange(5, dtype=np.int32))
+        expected = own.copy()
+        for row, place in ((2, 4), (2, 0), (1, 3)):
+            expected[place, :, :, : min(width, 9)] = new[row, :, :, :9]
+        np.testing.assert_array_equal(found.keys[0], expected)
+        np.testing.assert_array_equal(found.values[0], expected.swapaxes(2, 3))
+        np.testing.assert_array_equal(found.lengths, [1, 0, 0, 3, 0])
+
+
+def test_no_program_computes_rotations_anew(model: tuple[Params, LlamaConfig]) -> None:
+    # A CPU's compiler would do so for every head of every layer.
+    params, config = sampling_layout(*model, "cpu")
+    slots, tokens = sampler.empty_slots(config, 3, 16), jnp.ones((3, 4), jnp.int32)
+    shared = prefill_prefix(params, config, tokens[0])
+
+    def read(params: Params, prefix: Any) -> Any:
+        return sampler.prefill(params, config, tokens, tokens[:, 0], None, prefix)
+
+    def step(params: Params, prefix: Any) -> Any:
+        return sampler.decode(params, config, slots, prefix, 2, rules(1.0, 4))
+
+    lowered = [jax.jit(function).lower(params, prefix) for function in (read, step) for prefix in (None, shared)]
+    lowered.append(jax.jit(lambda params: prefill_prefix(params, config, tokens[0])).lower(params))
+    for program in (one.as_text() for one in lowered):
+        assert "dot_general" in program and "cosine" not in program and "sine" not in program
 
 
 MESHES = [(2, 2, 2), *(pytest.param(shape, marks=pytest.mark.slow) for shape in [(8, 1, 1), (1, 8, 1), (1, 1, 8)])]
