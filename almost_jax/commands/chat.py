@@ -20,7 +20,7 @@ from almost_jax.core.llama import LlamaConfig, Params
 from almost_jax.errors import InputError
 from almost_jax.io.models import Model, load_model
 from almost_jax.io.transfer import GENERATION, locate
-from almost_jax.sampling.engine import request_key
+from almost_jax.sampling.keys import request_key
 from almost_jax.sampling.layout import decode_layout
 from almost_jax.sampling.rules import SamplingRules
 from almost_jax.sampling.streaming import stream

@@ -1,7 +1,9 @@
-"""Grouped-query attention over a row's own keys and, without copying it, over a prefix that all rows share.
+"""Grouped-query attention over a row's own keys and, without copying them, over those that rows share.
+
+All rows may share a prefix, and some of them a prompt.
 
 Letters: B batch, T query time, S key time, P shared-prefix time, N query heads, K key/value heads, G = N / K, H head
-size.
+size, Q prompts, M rows that go on from a prompt.
 """
 
 import functools
@@ -9,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jax import Array
 
 # Finite, so that a row in which nothing may be seen (padding) stays finite instead of NaN.
@@ -17,13 +20,44 @@ MASKED = -1e30
 QUERY_BLOCK = 128
 
 
+@struct.dataclass
+class Seating:
+    """Which rows go on from which prompts.
+
+    members: [Q, M] int32, the rows of each prompt, each row once; B where there is none. seats: [B] int32, the place of
+    each row in `members`, counted along its rows; Q M for one that goes on from none. visible: [Q, S] bool, which
+    places of each prompt hold a token.
+    """
+
+    members: Array
+    seats: Array
+    visible: Array
+
+    def gathered(self, rows: Array) -> Array:
+        """What rows [B, K, ...] have, prompt by prompt: [Q, K, M, ...], 0 where there is no row."""
+        return jnp.moveaxis(jnp.take(rows, self.members, axis=0, mode="fill", fill_value=0), 1, 2)
+
+    def returned(self, found: Array, missing: float) -> Array:
+        """The inverse: [Q, K, M, ...] -> [B, K, ...], `missing` for rows that go on from no prompt."""
+        seated = jnp.moveaxis(found, 2, 1)
+        flat = seated.reshape(-1, *seated.shape[2:])
+        return jnp.take(flat, self.seats, axis=0, mode="fill", fill_value=missing)
+
+
 def attention(
-    queries: Array, keys: Array, values: Array, mask: Array, prefix: tuple[Array, Array] | None = None
+    queries: Array,
+    keys: Array,
+    values: Array,
+    mask: Array,
+    prefix: tuple[Array, Array] | None = None,
+    prompts: tuple[Array, Array] | None = None,
+    seating: Seating | None = None,
 ) -> Array:
     """Softmax attention, scaled by H**-0.5, with float32 softmax.
 
-    Attention over the prefix is one matrix product for the whole batch: the prefix has no batch dimension. The two
-    parts are merged exactly, under one maximum and one denominator (Hydragen, arXiv 2402.05099).
+    Attention over the prefix is one matrix product for the whole batch: the prefix has no batch dimension. Attention
+    over a prompt is one for all rows that go on from it. The parts are merged exactly, under one maximum and one
+    denominator (Hydragen, arXiv 2402.05099).
 
     Args:
         queries: [B, T, N, H].
@@ -31,6 +65,8 @@ def attention(
         values: [B, K, S, H], of the keys' dtype.
         mask: [B, T, S] bool, True where a query may see a key.
         prefix: keys [K, H, P] and values [K, P, H] that every query may see, of the queries' dtype.
+        prompts: keys [Q, K, H, S] and values [Q, K, S, H] that some rows share, of the dtype of `keys`.
+        seating: says which rows; given with `prompts`.
 
     Returns:
         [B, T, N, H] in the dtype of `queries`.
@@ -54,6 +90,12 @@ def attention(
         first = jnp.swapaxes(grouped, 0, 1)
         shared = jnp.einsum("kbtgh,khp->kbtgp", first, prefix[0], preferred_element_type=jnp.float32) * scale
         peak = jnp.maximum(peak, jnp.swapaxes(shared.max(axis=-1), 0, 1))
+    if prompts is not None:
+        assert seating is not None, "prompts come with their rows"
+        asked = seating.gathered(grouped.astype(prompts[0].dtype))
+        known = jnp.einsum("qkmtgh,qkhs->qkmtgs", asked, prompts[0], preferred_element_type=jnp.float32) * scale
+        known = jnp.where(seating.visible[:, None, None, None, None, :], known, MASKED)
+        peak = jnp.maximum(peak, seating.returned(known.max(axis=-1), MASKED))
     peak = jax.lax.stop_gradient(peak)
 
     weights = jnp.exp(own - peak[..., None])
@@ -68,6 +110,16 @@ def attention(
             "kbtgp,kph->kbtgh", shared_weights.astype(prefix[1].dtype), prefix[1], preferred_element_type=jnp.float32
         )
         mixed = mixed + jnp.swapaxes(shared_mixed, 0, 1)
+    if prompts is not None and seating is not None:
+        known_weights = jnp.exp(known - seating.gathered(peak)[..., None])
+        total = total + seating.returned(known_weights.sum(axis=-1), 0)
+        known_mixed = jnp.einsum(
+            "qkmtgs,qksh->qkmtgh",
+            known_weights.astype(prompts[1].dtype),
+            prompts[1],
+            preferred_element_type=jnp.float32,
+        )
+        mixed = mixed + seating.returned(known_mixed, 0)
     mixed = mixed / total[..., None]
     return _heads_last(mixed.astype(queries.dtype))
 

@@ -1,7 +1,7 @@
 """LLaMA as a pure description: tokens (and a cache, and a shared prefix) in, hidden states and logits out.
 
 Letters, used in this whole package: B batch, T query time, S key time, P shared-prefix time, D model, F feed-forward,
-N query heads, K key/value heads, H head size, V vocabulary, L layers.
+N query heads, K key/value heads, H head size, V vocabulary, L layers, Q prompts that rows share, M rows that share one.
 
 The parameters are one nested dict. Policy, reference, reward model and critic are the same tree; the last two carry a
 scalar head beside it (`almost_jax.core.heads`).
@@ -19,7 +19,7 @@ from flax import struct
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from almost_jax.core.attention import attention, cache_mask, causal_attention, causal_mask
+from almost_jax.core.attention import Seating, attention, cache_mask, causal_attention, causal_mask
 from almost_jax.core.gathering import Gather
 from almost_jax.core.partitioning import constrain, platform
 from almost_jax.core.products import accumulate, contract, tied_logits
@@ -108,6 +108,25 @@ class Prefix:
         return int(jax.tree.leaves(self.keys)[0].shape[-1])
 
 
+@struct.dataclass
+class Prompts:
+    """Q prompts, each of which several rows go on from.
+
+    cache: of the prompts, a row each. members: [Q, M] int32 and seats: [B] int32 as in `attention.Seating`.
+    """
+
+    cache: Cache
+    members: Array
+    seats: Array
+
+    def begins(self) -> Array:
+        """How many tokens of a prompt stand before each row's own, [B] int32."""
+        found: Array = jnp.take(
+            jnp.repeat(self.cache.lengths, self.members.shape[1]), self.seats, mode="fill", fill_value=0
+        )
+        return found
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) * scale over the last axis, in float32 (Zhang and Sennrich, 2019)."""
 
@@ -171,12 +190,12 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, positions: Array, mask: Any, starts: Array | None, cache: Any, prefix: Any
+        self, x: Array, positions: Array, mask: Any, starts: Array | None, seating: Any, own: Any, shared: Any
     ) -> tuple[Array, Any]:
-        """Attend: x [B, T, D] -> [B, T, D], and the layer's keys and values, written at `starts` into the cache.
+        """Attend: x [B, T, D] -> [B, T, D], and the layer's keys and values, written at `starts` into its own cache.
 
         `mask` is [B, T, S] bool, or [B, T] segment ids where the attention is splash attention; to attention by blocks
-        None says that it is causal and no more.
+        None says that it is causal and no more. `shared` are the layer's prefix and prompts.
         """
         c = self.config
         wide, narrow = (c.num_heads, c.head_dim), (c.num_kv_heads, c.head_dim)
@@ -188,18 +207,19 @@ class Attention(nn.Module):
         q = constrain(rotate(q, positions, c.rope), "rows", "length", "activation_heads", None)
         k = constrain(rotate(k, positions, c.rope), "rows", "length", "activation_kv_heads", None)
         v = constrain(v, "rows", "length", "activation_kv_heads", None)
-        alone = cache is None and prefix is None
+        prefix, prompts = shared
+        alone = own is None and prefix is None
         if alone and c.attention == "splash":
             mixed = splash_attention(q, k, v, mask)
         k, v = jnp.moveaxis(k, 1, 3), jnp.swapaxes(v, 1, 2)
-        if cache is not None:
+        if own is not None:
             assert starts is not None, "a cache comes with the slots to write at"
-            k = _write(cache[0], k.astype(cache[0].dtype), starts, -1)
-            v = _write(cache[1], v.astype(cache[1].dtype), starts, -2)
+            k = _write(own[0], k.astype(own[0].dtype), starts, -1)
+            v = _write(own[1], v.astype(own[1].dtype), starts, -2)
         if alone and c.attention == "blocks":
             mixed = causal_attention(q, k, v, mask)
         elif not (alone and c.attention == "splash"):
-            mixed = attention(q, k, v, mask, prefix)
+            mixed = attention(q, k, v, mask, prefix, prompts, seating)
         mixed = constrain(mixed, "batch", "length", "activation_heads", None)
         axes = ("heads", "head_dim", "embed")
         out = kernel((*wide, d), axes, contracted=2, name="output")(mixed)
@@ -234,16 +254,35 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Array, positions: Array, mask: Any, starts: Array | None, cache: Any, prefix: Any
+        self, x: Array, positions: Array, mask: Any, starts: Array | None, seating: Any, own: Any, shared: Any
     ) -> tuple[Array, Any]:
         """Map x [B, T, D] -> [B, T, D], with the layer's keys and values."""
         c = self.config
         x = constrain(x, "batch", "length", "activation_embed")
         normed = RMSNorm(c.rms_norm_eps, name="attention_norm")(x)
-        mixed, kept = Attention(c, name="attention")(normed, positions, mask, starts, cache, prefix)
+        mixed, kept = Attention(c, name="attention")(normed, positions, mask, starts, seating, own, shared)
         x = x + mixed
         x = x + MLP(c, name="mlp")(RMSNorm(c.rms_norm_eps, name="mlp_norm")(x))
         return constrain(x, "batch", "length", "activation_embed"), kept
+
+
+def _block(config: LlamaConfig) -> Any:
+    """The class of a model's layers."""
+    if config.remat == "none":
+        return Block
+    return nn.remat(Block, prevent_cse=not config.scan_layers, policy=_REMAT_POLICIES[config.remat])
+
+
+def _of_layer(stacked: Any, index: int) -> Any:
+    """Keys and values of one layer."""
+    return None if stacked is None else (stacked[0][index], stacked[1][index])
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _layer(config: LlamaConfig, _platform: str, params: Params, *arguments: Any) -> tuple[Array, Any]:
+    """A `Block` of these parameters; what `platform` says decides how it is traced."""
+    out: tuple[Array, Any] = _block(config)(config, parent=None).apply({"params": params}, *arguments)
+    return out
 
 
 class Llama(nn.Module):
@@ -261,15 +300,13 @@ class Llama(nn.Module):
             nn.with_logical_partitioning(normal, _TABLE_AXES),
             table if c.gather is None else c.gather.local_shape(table, _TABLE_AXES),
         )
-        block: Any = Block
-        if c.remat != "none":
-            block = nn.remat(Block, prevent_cse=not c.scan_layers, policy=_REMAT_POLICIES[c.remat])
+        block = _block(c)
         if c.scan_layers:
             scanned = nn.scan(
                 block,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
-                in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0, 0),
+                in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast, 0, 0),
                 length=c.num_layers,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
@@ -287,19 +324,29 @@ class Llama(nn.Module):
         positions: Array,
         mask: Any,
         starts: Array | None = None,
-        cache: Any = None,
-        prefix: Any = None,
+        seating: Seating | None = None,
+        own: Any = None,
+        shared: Any = (None, None),
     ) -> tuple[Array, Any]:
-        """Tokens [B, T] -> hidden states [B, T, D] after the last norm, and every layer's keys and values."""
-        x = jnp.take(self.table(), tokens, axis=0).astype(self.config.dtype)
-        if self.config.scan_layers:
-            x, kept = self.layers(x, positions, mask, starts, cache, prefix)
+        """Tokens [B, T] -> hidden states [B, T, D] after the last norm, and every layer's keys and values.
+
+        `own` are keys and values of a cache, `shared` those of a prefix and of prompts, None where there are none.
+        """
+        c = self.config
+        x = jnp.take(self.table(), tokens, axis=0).astype(c.dtype)
+        if c.scan_layers:
+            x, kept = self.layers(x, positions, mask, starts, seating, own, shared)
         else:
             keys, values = [], []
             for index, layer in enumerate(self.layers):
-                own = None if cache is None else (cache[0][index], cache[1][index])
-                shared = None if prefix is None else (prefix[0][index], prefix[1][index])
-                x, (key, value) = layer(x, positions, mask, starts, own, shared)
+                memory = (_of_layer(own, index), tuple(_of_layer(one, index) for one in shared))
+                if self.is_initializing():
+                    x, (key, value) = layer(x, positions, mask, starts, seating, *memory)
+                else:
+                    # All layers are one function of their parameters, which is traced once.
+                    x, (key, value) = _layer(
+                        c, platform(), layer.variables["params"], x, positions, mask, starts, seating, *memory
+                    )
                 keys.append(key)
                 values.append(value)
             kept = tuple(keys), tuple(values)
@@ -420,7 +467,7 @@ def hidden_states(
     if platform() == "cpu":
         cos, sin = _table(config, offset + tokens.shape[1])
         where = (cos[None, offset:], sin[None, offset:]) if counted else (cos[positions], sin[positions])
-    hidden, _ = Llama(config).apply({"params": params}, tokens, where, mask, prefix=shared)
+    hidden, _ = Llama(config).apply({"params": params}, tokens, where, mask, shared=(shared, None))
     return hidden
 
 
@@ -432,6 +479,7 @@ def hidden_states_cached(
     num_tokens: Array,
     *,
     prefix: Prefix | None = None,
+    prompts: Prompts | None = None,
 ) -> tuple[Array, Cache]:
     """Continue every row of a cache by new tokens: prefill, a later turn, or one step of decoding.
 
@@ -441,20 +489,34 @@ def hidden_states_cached(
         cache: must have `cache.lengths + T <= S` in every row; the caller sees to it.
         num_tokens: [B] int32 in 0..T, how many of a row's tokens are real.
         prefix: what all rows saw before their first token.
+        prompts: what some rows saw between that and what their cache holds.
 
     Returns:
         Hidden states [B, T, D] (garbage at padding) and the cache with `lengths + num_tokens`.
     """
     shared, offset = _shared(prefix)
     slots = jax.tree.leaves(cache.keys)[0].shape[-1]
-    positions: Any = offset + cache.lengths[:, None] + jnp.arange(tokens.shape[1])[None, :]
+    before, seating, known, room = cache.lengths, None, None, slots
+    if prompts is not None:
+        before = prompts.begins() + before
+        read, most = prompts.cache, jax.tree.leaves(prompts.cache.keys)[0].shape[-1]
+        known, room = (read.keys, read.values), most + slots
+        seating = Seating(prompts.members, prompts.seats, jnp.arange(most)[None, :] < read.lengths[:, None])
+    positions: Any = offset + before[:, None] + jnp.arange(tokens.shape[1])[None, :]
     if platform() == "cpu":
         # One place more than there is room for: a row that is full stands there.
-        cos, sin = _table(config, offset + slots + 1)
+        cos, sin = _table(config, offset + room + 1)
         positions = cos[positions], sin[positions]
     mask = cache_mask(cache.lengths, tokens.shape[1], slots)
     hidden, (keys, values) = Llama(config).apply(
-        {"params": params}, tokens, positions, mask, cache.lengths, (cache.keys, cache.values), shared
+        {"params": params},
+        tokens,
+        positions,
+        mask,
+        cache.lengths,
+        seating,
+        (cache.keys, cache.values),
+        (shared, known),
     )
     return hidden, Cache(keys, values, cache.lengths + num_tokens)
 

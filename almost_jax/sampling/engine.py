@@ -1,32 +1,35 @@
 """Many requests over one model: a shared prefix, fixed slots that are refilled, a key of its own for every request.
 
 The host wakes every few steps: it collects what has ended, looks for stop strings, and gives free slots to the requests
-that wait. Requests with the same prompt share one prefill of it (the N samples of a query), all of them share the
+that wait. What the device has to do next is handed to it before what has ended goes to the caller, so that both work
+side by side. Requests with the same prompt share one prefill of it (the N samples of a query), all of them share the
 prefix (a few-shot prompt), and a request whose prompt goes on from an earlier one's text (the next turn of a dialogue)
-reads only what is new.
+reads only what is new. A long prompt with several samples stays one copy, which every step reads once for all of them.
 """
 
 import collections
 import contextlib
 import dataclasses
-import hashlib
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jax import Array
 
-from almost_jax.core.llama import Cache, LlamaConfig, Params, Prefix
+from almost_jax.core.llama import Cache, LlamaConfig, Params, Prefix, Prompts
+from almost_jax.sampling.keys import id_words, root_data
 from almost_jax.sampling.layout import sampling_layout
 from almost_jax.sampling.padding import bucket_size, pad_rows
 from almost_jax.sampling.programs import Programs, place_of, room
 from almost_jax.sampling.reading import Sizes, batches
 from almost_jax.sampling.requests import Completion, Finish, Request, Settings, check_requests, check_tokens
 from almost_jax.sampling.rules import SamplingRules
-from almost_jax.sampling.sampler import Drawn, Slots, request_keys
+from almost_jax.sampling.sampler import Drawn, Slots
 from almost_jax.sampling.stats import Stats
 from almost_jax.sampling.stops import StopStrings
+from almost_jax.sampling.table import Table, table_for
 
 # Slots have programs with room for so many tokens, and for larger buckets.
 _ROOM = 64
@@ -38,12 +41,21 @@ _FORKED = 4
 
 @dataclasses.dataclass
 class _Running:
-    """A request in a slot: what it has drawn, and how many of its tokens are known to hold no stop string."""
+    """A request in a slot: what it is known to have drawn, and how many of its tokens hold no stop string."""
 
     request: Request
-    tokens: list[int]
-    logprobs: list[float]
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    logprobs: list[float] = dataclasses.field(default_factory=list)
     checked: int = 0
+
+
+@struct.dataclass
+class _Admitted:
+    """The first tokens [A] int32 and their log-probs [A] float32 of requests that were put into slots at `places`."""
+
+    places: tuple[int, ...] = struct.field(pytree_node=False)
+    tokens: Array
+    logprobs: Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +94,7 @@ class Engine:
         place = place_of(params)
         self._programs = Programs(*sampling_layout(params, config, place.platform), rules)
         self._config, self._rules, self._settings, self._stops = config, rules, settings, stops
-        self._root = _root(seed)
+        self._root = root_data(seed)
         self._prefix_tokens = tuple(prefix_tokens)
         self._prefix: Prefix | None = None
         # As many more slots as it takes to split them evenly over the devices.
@@ -93,6 +105,9 @@ class Engine:
         self._sizes = Sizes(few, usual, self._batch, place.rows, settings.prefill_tokens)
         self._kept: dict[str, _Kept] = {}
         self._slots: Slots | None = None
+        # The prompts that samples share in the run that is going on, and what was read of them.
+        self._table: Table | None = None
+        self._shared: Cache | None = None
         self.stats = Stats()
 
     def run(self, requests: Sequence[Request]) -> Iterator[Completion]:
@@ -111,25 +126,26 @@ class Engine:
             self._kept.pop(name, None)
 
     def _run(self, requests: Sequence[Request]) -> Iterator[Completion]:
-        stats, k = self.stats, self._settings.steps_per_wake
+        k = self._settings.steps_per_wake
         waiting = collections.deque(requests)
         running: dict[int, _Running] = {}
-        with stats.measured(self._programs), self._emptied_on_failure():
+        completions: list[Completion] = []
+        with self.stats.measured(self._programs), self._emptied_on_failure(), self._sharing(requests):
             while waiting or running:
-                ended: list[tuple[int, Completion]] = []
+                admitted: list[_Admitted] = []
                 if waiting and (not running or self._refills(len(running))):
-                    ended += self._admit(waiting, running)
-                if any(place not in dict(ended) for place in running):
-                    slots, drawn = self._programs.decode(self._taken(), self._prefix, k)
-                    self._slots = slots
-                    ended += self._collect(running, jax.device_get(drawn), dict(ended))
+                    admitted = self._admit(waiting, running)
+                self._slots, drawn = self._programs.decode(self._taken(), *self._before(), k)
+                yield from completions
+                ended = self._collect(running, *jax.device_get((drawn, admitted)))
                 self._set_aside([(place, running[place]) for place, _ in ended])
-                for place, completion in ended:
+                for place, _ in ended:
                     del running[place]
-                    stats.requests += 1
-                    stats.new_tokens += len(completion.tokens)
-                    with stats.paused():
-                        yield completion
+                    if self._table is not None:
+                        self._table.leave(place)
+                completions = [completion for _, completion in ended]
+            with self.stats.paused():
+                yield from completions
 
     @contextlib.contextmanager
     def _emptied_on_failure(self) -> Iterator[None]:
@@ -140,36 +156,65 @@ class Engine:
             self._slots = None
             raise
 
+    @contextlib.contextmanager
+    def _sharing(self, requests: Sequence[Request]) -> Iterator[None]:
+        """Keep prompts that several of the requests have once, where that gains something."""
+        # On several devices the rows of a prompt may lie on several of them.
+        if self._programs.place.mesh is None:
+            self._table = table_for(requests, self._settings.slots, self._batch)
+        if self._table is not None:
+            self._shared = self._programs.empty_cache(self._table.prompts, self._table.width)
+        try:
+            yield
+        finally:
+            self._table = self._shared = None
+
+    def _before(self) -> tuple[Prefix | None, Prompts | None]:
+        """What stands before the slots' own caches: the prefix of all, and prompts that several of them share."""
+        if self._table is None or self._shared is None:
+            return self._prefix, None
+        put = self._programs.place.put
+        return self._prefix, Prompts(self._shared, put(self._table.members), put(self._table.seats))
+
     def _refills(self, running: int) -> bool:
         """Whether enough slots are free, beside so many that run, to be worth a prefill."""
         slots = self._settings.slots
         return self._settings.refill and slots - running >= -(-slots // _REFILLED)
 
-    def _admit(
-        self, waiting: "collections.deque[Request]", running: dict[int, _Running]
-    ) -> list[tuple[int, Completion]]:
-        """Give free slots to waiting requests; those that end with their first token are given back."""
+    def _admit(self, waiting: "collections.deque[Request]", running: dict[int, _Running]) -> list[_Admitted]:
+        """Give free slots to waiting requests."""
         free = [place for place in range(self._settings.slots) if place not in running]
-        chosen = [waiting.popleft() for _ in range(min(len(free), len(waiting)))]
+        if self._table is None:
+            chosen = [waiting.popleft() for _ in range(min(len(free), len(waiting)))]
+        else:
+            chosen = self._table.next(waiting, len(free))
+        if not chosen:
+            return []
         if self._prefix_tokens and self._prefix is None:
             self._prefix = self._programs.prefix(np.array(self._prefix_tokens, np.int32))
             self.stats.prefill_tokens += len(self._prefix_tokens)
         self._make_room(chosen, [one.request for one in running.values()])
-        ended = []
+        admitted: list[_Admitted] = []
         for group in self._groups(chosen):
             places = [free.pop(0) for _ in group.requests]
-            ended += self._fill(group, places, running)
-        return ended
+            if len(admitted) > 1:
+                # The caches that were read for no more than two groups are in memory.
+                jax.block_until_ready(admitted[-2])
+            admitted.append(self._fill(group, places))
+            running.update({place: _Running(one) for place, one in zip(places, group.requests, strict=True)})
+        return admitted
 
     def _make_room(self, chosen: Sequence[Request], running: Sequence[Request]) -> None:
         """Slots with room for every request that will be in them."""
-        size = bucket_size(max(len(one.prompt) + self._limit(one) for one in [*chosen, *running]), _ROOM)
+        every = [*chosen, *running]
+        own = [self._limit(one) + (0 if self._table is not None else len(one.prompt)) for one in every]
+        size = bucket_size(max(own), _ROOM)
         k = self._settings.steps_per_wake
         if self._slots is None or (not running and room(self._slots.cache) > size):
             self._slots = None
-            self._slots = self._programs.empty_slots(self._batch, size, self._prefix, k)
+            self._slots = self._programs.empty_slots(self._batch, size, *self._before(), k)
         elif room(self._slots.cache) < size:
-            self._slots = self._programs.grow(self._taken(), size, self._prefix, k)
+            self._slots = self._programs.grow(self._taken(), size, *self._before(), k)
 
     def _groups(self, chosen: Sequence[Request]) -> "list[_Group]":
         """Requests whose prompts are read together: of one shape, no more than a program should read."""
@@ -198,7 +243,7 @@ class Engine:
         same = next((i for i, (one, other) in enumerate(zip(prompt, found, strict=False)) if one != other), len(found))
         return min(same, len(prompt) - 1, len(found))
 
-    def _fill(self, group: "_Group", places: list[int], running: dict[int, _Running]) -> list[tuple[int, Completion]]:
+    def _fill(self, group: "_Group", places: list[int]) -> _Admitted:
         """Read a group's prompts and admit its requests to slots."""
         prompts = [own[0].prompt for own in group.forks]
         rows = group.rows
@@ -210,28 +255,32 @@ class Engine:
         requests = group.requests
         self.stats.prefill_tokens += sum(map(len, new))
         self.stats.prefill_tokens_asked += sum(len(self._prefix_tokens) + len(one.prompt) for one in requests)
+        self._seat(group, places, read[1], lengths)
         count = self._bucket(len(requests))
         rest = count - len(requests)
         sources = [row for row, own in enumerate(group.forks) for _ in own]
-        keys = jax.device_get(self._programs.keys(self._root, _words([one.id for one in requests], count)))
-        slots, tokens, logprobs, runs = self._programs.admit(
+        self._slots, tokens, logprobs = self._programs.admit(
             self._taken(),
             read,
             np.array(sources + [0] * rest, np.int32),
             np.array(places + [self._batch] * rest, np.int32),
-            keys,
+            self._programs.keys(self._root, id_words([one.id for one in requests], count)),
             np.array([self._limit(one) for one in requests] + [1] * rest, np.int32),
+            self._table is None,
         )
-        self._slots = slots
-        first, first_logprobs, goes_on = jax.device_get((tokens, logprobs, runs))
-        ended = []
-        for index, (request, place) in enumerate(zip(requests, places, strict=True)):
-            one = running[place] = _Running(request, [int(first[index])], [float(first_logprobs[index])])
-            completion = self._ended(one, bool(goes_on[index]))
-            if completion is not None:
-                ended.append((place, completion))
-        self._halt([place for place, done in ended if done.finish == "stop_string"])
-        return ended
+        return _Admitted(tuple(places), tokens, logprobs)
+
+    def _seat(self, group: "_Group", places: Sequence[int], read: Cache, lengths: np.ndarray) -> None:
+        """Where prompts are shared, give each of a group a place in the table, and its requests' slots seats at it."""
+        if self._table is None or self._shared is None:
+            return
+        free, slots = self._table.free()[: len(group.forks)], iter(places)
+        for place, own in zip(free, group.forks, strict=True):
+            self._table.seat(place, list(itertools.islice(slots, len(own))))
+        nowhere = [self._table.prompts] * (group.rows - len(free))
+        rows = np.arange(group.rows, dtype=np.int32)
+        shared, self._shared = self._shared, None
+        self._shared = self._programs.restore(shared, read, rows, np.array(free + nowhere, np.int32), lengths)
 
     def _restored(self, group: "_Group", rows: int) -> Cache:
         """A cache of the group's rows, each holding what is kept of its parent."""
@@ -255,15 +304,17 @@ class Engine:
         return cache
 
     def _collect(
-        self, running: dict[int, _Running], drawn: Drawn, ended: dict[int, Completion]
+        self, running: dict[int, _Running], drawn: Drawn, admitted: list[_Admitted]
     ) -> list[tuple[int, Completion]]:
         """Take what the slots drew; give back the requests that ended."""
+        for group in admitted:
+            for index, place in enumerate(group.places):
+                running[place].tokens.append(int(group.tokens[index]))
+                running[place].logprobs.append(float(group.logprobs[index]))
         tokens, logprobs, counts, runs = drawn.tokens, drawn.logprobs, drawn.drawn, drawn.running
         found = []
         steps = 0
         for place, one in running.items():
-            if place in ended:
-                continue
             new = int(counts[place]) - len(one.tokens)
             steps = max(steps, new)
             one.tokens += tokens[place, :new].tolist()
@@ -274,6 +325,8 @@ class Engine:
             kept = len(one.tokens) if completion is None else len(completion.tokens)
             self.stats.used_steps += max(kept - (len(one.tokens) - new), 0)
         self.stats.slot_steps += steps * self._settings.slots
+        self.stats.requests += len(found)
+        self.stats.new_tokens += sum(len(completion.tokens) for _, completion in found)
         self._halt([place for place, done in found if done.finish == "stop_string" and bool(runs[place])])
         return found
 
@@ -392,23 +445,3 @@ def in_order(requests: Sequence[Request], completions: Iterator[Completion]) -> 
             completion = next(completions)
             early[completion.id] = completion
         yield early.pop(request.id)
-
-
-def request_key(seed: int, request_id: str) -> Array:
-    """The typed key of a request: a function of the seed and the id alone."""
-    data = request_keys(jnp.asarray(_root(seed)), jnp.asarray(_words([request_id], 1)))
-    key: Array = jax.random.wrap_key_data(data[0])
-    return key
-
-
-def _root(seed: int) -> np.ndarray:
-    """The data [2] uint32 of a seed's key."""
-    return np.asarray(jax.random.key_data(jax.random.key(seed)))
-
-
-def _words(ids: Sequence[str], count: int) -> np.ndarray:
-    """Two 32-bit words of each id's SHA-256, [count, 2] uint32; 0 behind the last."""
-    digests = b"".join(hashlib.sha256(name.encode()).digest()[:8] for name in ids)
-    words = np.zeros((count, 2), np.uint32)
-    words[: len(ids)] = np.frombuffer(digests, "<u4").reshape(len(ids), 2)
-    return words

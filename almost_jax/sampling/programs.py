@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from almost_jax.core.llama import Cache, LlamaConfig, Params, Prefix, empty_cache, prefill_prefix
+from almost_jax.core.llama import Cache, LlamaConfig, Params, Prefix, Prompts, empty_cache, prefill_prefix
 from almost_jax.core.partitioning import partition_spec, row_parts, rules_for
 from almost_jax.sampling import sampler
 from almost_jax.sampling.rules import SamplingRules
@@ -84,6 +84,8 @@ class Programs:
         self.place = place_of(params)
         self.compile_seconds = 0.0
         self.compiled = 0
+        # A small part of what the last program gave, which is there when the program is done.
+        self._latest: Any = None
         self._shapes = _shapes(params)
         self._ready: dict[tuple[Any, ...], Any] = {}
         self._formats = _Static(None)
@@ -91,16 +93,16 @@ class Programs:
     def prefix(self, tokens: np.ndarray) -> Prefix:
         """`llama.prefill_prefix`: tokens [P]."""
         arguments = self.params, self.place.put(tokens)
-        found: Prefix = self._program(("prefix", tokens.shape), _compiled_prefix, arguments, self.config)(*arguments)
+        found: Prefix = self._call(("prefix", tokens.shape), _compiled_prefix, arguments, self.config)
         return found
 
-    def empty_slots(self, batch: int, size: int, prefix: Prefix | None, steps: int) -> Slots:
+    def empty_slots(
+        self, batch: int, size: int, prefix: Prefix | None, prompts: Prompts | None, steps: int
+    ) -> Slots:
         """`sampler.empty_slots`, laid out as `decode` wants it."""
-        self._formats = self._wanted(batch, size, prefix, steps)
-        program = self._program(
-            ("slots", batch, size, self._formats), _compiled_slots, (), self.config, batch, size, self._formats
-        )
-        slots: Slots = program()
+        self._formats = self._wanted(batch, size, prefix, prompts, steps)
+        shape = "slots", batch, size, self._formats
+        slots: Slots = self._call(shape, _compiled_slots, (), self.config, batch, size, self._formats)
         return slots
 
     def prefill(
@@ -109,7 +111,7 @@ class Programs:
         """`sampler.prefill`; `kept` is donated."""
         arguments = self.params, self.place.put(tokens), self.place.put(num_tokens), kept, prefix
         shape = "prefill", tokens.shape, None if kept is None else room(kept), _width(prefix)
-        found: tuple[jax.Array, Cache] = self._program(shape, _compiled_prefill, arguments, self.config)(*arguments)
+        found: tuple[jax.Array, Cache] = self._call(shape, _compiled_prefill, arguments, self.config)
         return found
 
     def admit(
@@ -118,54 +120,62 @@ class Programs:
         read: tuple[jax.Array, Cache],
         rows: np.ndarray,
         places: np.ndarray,
-        keys: np.ndarray,
+        keys: jax.Array,
         limits: np.ndarray,
-    ) -> tuple[Slots, jax.Array, jax.Array, jax.Array]:
+        copies: bool,
+    ) -> tuple[Slots, jax.Array, jax.Array]:
         """`sampler.admit`."""
-        arguments = slots, read, *(self.place.put(array) for array in (rows, places, keys, limits))
-        shape = "admit", slots.last.shape, room(slots.cache), read[0].shape, room(read[1]), rows.shape, self._formats
-        program = self._program(shape, _compiled_admit, arguments, self.rules, self._formats)
-        found: tuple[Slots, jax.Array, jax.Array, jax.Array] = program(*arguments)
+        arguments = slots, read, self.place.put(rows), self.place.put(places), keys, self.place.put(limits)
+        shapes = slots.last.shape, room(slots.cache), read[0].shape, room(read[1]), rows.shape
+        shape = "admit", *shapes, copies, self._formats
+        found: tuple[Slots, jax.Array, jax.Array] = self._call(
+            shape, _compiled_admit, arguments, self.rules, copies, self._formats
+        )
         return found
 
     def keys(self, root: np.ndarray, words: np.ndarray) -> jax.Array:
         """`sampler.request_keys`, whole on every device."""
         arguments = self.place.put(root), self.place.put(words)
-        found: jax.Array = self._program(("keys", words.shape), _compiled_keys, arguments)(*arguments)
+        found: jax.Array = self._call(("keys", words.shape), _compiled_keys, arguments)
         return found
 
-    def decode(self, slots: Slots, prefix: Prefix | None, steps: int) -> tuple[Slots, Drawn]:
+    def decode(
+        self, slots: Slots, prefix: Prefix | None, prompts: Prompts | None, steps: int
+    ) -> tuple[Slots, Drawn]:
         """`sampler.decode`."""
-        arguments = self.params, slots, prefix
-        shape = "decode", slots.last.shape, room(slots.cache), _width(prefix), steps, self._formats
-        program = self._program(shape, _compiled_decode, arguments, self.config, steps, self.rules, self._formats)
-        found: tuple[Slots, Drawn] = program(*arguments)
+        arguments = self.params, slots, prefix, prompts
+        shape = "decode", slots.last.shape, room(slots.cache), _width(prefix), _size(prompts), steps, self._formats
+        found: tuple[Slots, Drawn] = self._call(
+            shape, _compiled_decode, arguments, self.config, steps, self.rules, self._formats
+        )
         return found
 
     def halt(self, slots: Slots, places: np.ndarray) -> Slots:
         """`sampler.halt`."""
         arguments = slots, self.place.put(places)
         shape = "halt", slots.last.shape, room(slots.cache), self._formats
-        found: Slots = self._program(shape, _compiled_halt, arguments, self._formats)(*arguments)
+        found: Slots = self._call(shape, _compiled_halt, arguments, self._formats)
         return found
 
-    def grow(self, slots: Slots, size: int, prefix: Prefix | None, steps: int) -> Slots:
+    def grow(
+        self, slots: Slots, size: int, prefix: Prefix | None, prompts: Prompts | None, steps: int
+    ) -> Slots:
         """`sampler.grow`, laid out as `decode` wants it."""
-        self._formats = self._wanted(slots.last.shape[0], size, prefix, steps)
+        self._formats = self._wanted(slots.last.shape[0], size, prefix, prompts, steps)
         shape = "grow", slots.last.shape, room(slots.cache), size, self._formats
-        found: Slots = self._program(shape, _compiled_grow, (slots,), size, self._formats)(slots)
+        found: Slots = self._call(shape, _compiled_grow, (slots,), size, self._formats)
         return found
 
     def take(self, cache: Cache, places: np.ndarray) -> Cache:
         """`sampler.take`."""
         arguments = cache, self.place.put(places)
         shape = "take", cache.lengths.shape, room(cache), places.shape, self._formats
-        found: Cache = self._program(shape, _compiled_take, arguments, self.config)(*arguments)
+        found: Cache = self._call(shape, _compiled_take, arguments, self.config)
         return found
 
     def empty_cache(self, rows: int, size: int) -> Cache:
         """`llama.empty_cache`."""
-        found: Cache = self._program(("cache", rows, size), _compiled_cache, (), self.config, rows, size)()
+        found: Cache = self._call(("cache", rows, size), _compiled_cache, (), self.config, rows, size)
         return found
 
     def restore(
@@ -174,10 +184,12 @@ class Programs:
         """`sampler.restore`."""
         arguments = cache, kept, *(self.place.put(array) for array in (rows, places, lengths))
         shape = "restore", cache.lengths.shape, room(cache), kept.lengths.shape, room(kept), rows.shape
-        found: Cache = self._program(shape, _compiled_restore, arguments, self.config)(*arguments)
+        found: Cache = self._call(shape, _compiled_restore, arguments, self.config)
         return found
 
-    def _wanted(self, batch: int, size: int, prefix: Prefix | None, steps: int) -> "_Static":
+    def _wanted(
+        self, batch: int, size: int, prefix: Prefix | None, prompts: Prompts | None, steps: int
+    ) -> "_Static":
         """How slots of a shape lie in memory: as the decode program wants them."""
         where = _slots_shardings(self.config, self.place)
         if self.place.platform == "cpu":
@@ -186,10 +198,16 @@ class Programs:
         formats = _Static(jax.tree.map(lambda leaf, s: Format(Layout.AUTO, s) if leaf.ndim > 2 else s, tree, where))
         placed = jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), tree, where)
         program = self._program(
-            ("layout", batch, size, _width(prefix), steps),
-            _compiled_decode, (self.params, placed, prefix), self.config, steps, self.rules, formats,
+            ("layout", batch, size, _width(prefix), _size(prompts), steps),
+            _compiled_decode, (self.params, placed, prefix, prompts), self.config, steps, self.rules, formats,
         )  # fmt: skip
         return _Static(program.input_formats[0][1])
+
+    def _call(self, shape: tuple[Any, ...], make: Callable[..., Any], arguments: tuple[Any, ...], *static: Any) -> Any:
+        """What the program for arguments of a shape gives back."""
+        given = self._program(shape, make, arguments, *static)(*arguments)
+        self._latest = min(jax.tree.leaves(given), key=lambda leaf: leaf.size)
+        return given
 
     def _program(
         self, shape: tuple[Any, ...], make: Callable[..., Any], arguments: tuple[Any, ...], *static: Any
@@ -197,6 +215,8 @@ class Programs:
         """The program for arguments of a shape, of which `shape` says all that can differ between two calls."""
         found = self._ready.get(shape)
         if found is None:
+            # What the device does meanwhile would not be counted as anything.
+            jax.block_until_ready(self._latest)
             start = time.perf_counter()
             shapes = tuple(self._shapes if one is self.params else _shapes(one) for one in arguments)
             found = self._ready[shape] = make(shapes, self.place, *static)
@@ -208,6 +228,10 @@ class Programs:
 def room(cache: Cache) -> int:
     """S, the tokens that each row of a cache has room for."""
     return int(jax.tree.leaves(cache.keys)[0].shape[-1])
+
+
+def _size(prompts: Prompts | None) -> tuple[int, ...]:
+    return () if prompts is None else (*prompts.members.shape, room(prompts.cache))
 
 
 def _width(prefix: Prefix | None) -> int:
@@ -307,9 +331,9 @@ def _compiled_prefill(shapes: Any, place: Place, config: LlamaConfig) -> Any:
 
 
 @functools.lru_cache(maxsize=_KEPT)
-def _compiled_admit(shapes: Any, place: Place, rules: SamplingRules, formats: _Static) -> Any:
-    outputs = formats.tree, place.whole, place.whole, place.whole
-    return _compile(functools.partial(sampler.admit, rules=rules), shapes, place, outputs, (0,))
+def _compiled_admit(shapes: Any, place: Place, rules: SamplingRules, copies: bool, formats: _Static) -> Any:
+    outputs = formats.tree, place.whole, place.whole
+    return _compile(functools.partial(sampler.admit, rules=rules, copies=copies), shapes, place, outputs, (0,))
 
 
 @functools.lru_cache(maxsize=_KEPT)
@@ -319,8 +343,10 @@ def _compiled_decode(
     whole: Any = place.whole
     outputs = formats.tree, Drawn(whole, whole, whole, whole)
 
-    def function(params: Params, slots: Slots, prefix: Prefix | None) -> tuple[Slots, Drawn]:
-        return sampler.decode(params, config, slots, prefix, steps, rules)
+    def function(
+        params: Params, slots: Slots, prefix: Prefix | None, prompts: Prompts | None
+    ) -> tuple[Slots, Drawn]:
+        return sampler.decode(params, config, slots, prefix, prompts, steps, rules)
 
     automatic = any(
         isinstance(leaf, Format) and leaf.layout is Layout.AUTO
@@ -330,7 +356,8 @@ def _compiled_decode(
         return _compile(function, shapes, place, outputs, (1,))
     arguments = [_abstract(one) for one in shapes]
     jitted = jax.jit(
-        function, donate_argnums=1, in_shardings=(_places(shapes[0]), formats.tree, _places(shapes[2])),
+        function, donate_argnums=1,
+        in_shardings=(_places(shapes[0]), formats.tree, _places(shapes[2]), _places(shapes[3])),
         out_shardings=outputs,
     )  # fmt: skip
     if place.mesh is None:

@@ -19,6 +19,7 @@ from almost_jax.core.llama import (
     LlamaConfig,
     Params,
     Prefix,
+    Prompts,
     empty_cache,
     hidden_states_cached,
     logits,
@@ -101,7 +102,8 @@ def admit(
     keys: Array,
     limits: Array,
     rules: SamplingRules,
-) -> tuple[Slots, Array, Array, Array]:
+    copies: bool = True,
+) -> tuple[Slots, Array, Array]:
     """Put prefilled prompts into slots and draw each request's first token; many may fork from one prompt.
 
     Args:
@@ -112,9 +114,10 @@ def admit(
         keys: [A, 2] uint32, data of the requests' keys.
         limits: [A] int32, at least 1.
         rules: how to draw, and the stop tokens.
+        copies: whether every slot gets the prompt's cache; else its own begins behind the prompt, which is elsewhere.
 
     Returns:
-        The slots; the first tokens [A] int32, their log-probs [A] float32, and whether each request runs on [A] bool.
+        The slots, the first tokens [A] int32 and their log-probs [A] float32.
     """
     scores, cache = read
     tokens, logprobs = draw(scores[rows], _step_keys(keys, jnp.zeros(rows.shape, jnp.int32)), rules)
@@ -126,11 +129,14 @@ def admit(
         return own.at[places].set(new, mode="drop")
 
     own = slots.cache
-    filled = Cache(
-        jax.tree.map(copy, own.keys, cache.keys),
-        jax.tree.map(copy, own.values, cache.values),
-        put(own.lengths, cache.lengths[rows]),
-    )
+    if copies:
+        filled = Cache(
+            jax.tree.map(copy, own.keys, cache.keys),
+            jax.tree.map(copy, own.values, cache.values),
+            put(own.lengths, cache.lengths[rows]),
+        )
+    else:
+        filled = Cache(own.keys, own.values, put(own.lengths, jnp.zeros(rows.shape, jnp.int32)))
     state = Slots(
         cache=filled,
         last=put(slots.last, tokens),
@@ -139,11 +145,17 @@ def admit(
         limits=put(slots.limits, limits),
         running=put(slots.running, running),
     )
-    return state, tokens, logprobs, running
+    return state, tokens, logprobs
 
 
 def decode(
-    params: Params, config: LlamaConfig, slots: Slots, prefix: Prefix | None, steps: int, rules: SamplingRules
+    params: Params,
+    config: LlamaConfig,
+    slots: Slots,
+    prefix: Prefix | None,
+    prompts: Prompts | None,
+    steps: int,
+    rules: SamplingRules,
 ) -> tuple[Slots, Drawn]:
     """Up to `steps` tokens for every running slot; fewer when all of them end before.
 
@@ -154,6 +166,7 @@ def decode(
         config: the model's shape.
         slots: are donated; every running one has room in the cache for what it may still draw.
         prefix: what all rows saw before their prompts; read in place, never copied per row.
+        prompts: what several rows go on from, whose caches hold only what they drew since; read in place too.
         steps: k.
         rules: how to draw, and the stop tokens.
     """
@@ -171,7 +184,9 @@ def decode(
         step, slots, (all_tokens, all_logprobs) = carry
         running = slots.running
         one = running.astype(jnp.int32)
-        hidden, cache = hidden_states_cached(params, config, slots.last[:, None], slots.cache, one, prefix=prefix)
+        hidden, cache = hidden_states_cached(
+            params, config, slots.last[:, None], slots.cache, one, prefix=prefix, prompts=prompts
+        )
         # Whole rows on every device: drawing then needs no communication and doesn't depend on the mesh.
         scores = constrain(logits(params, config, hidden)[:, 0], "batch", None)
         tokens, logprobs = draw(scores, _step_keys(slots.keys, slots.drawn), rules)

@@ -19,8 +19,8 @@ class Stats:
     prefill_tokens: read by prefill programs, without padding. prefill_tokens_asked: what they would be if every
     request's prefix and prompt were read for it alone. prefill_tokens_reused: of them those that a parent's cache held.
     slot_steps, used_steps: tokens that the slots could have drawn in the steps that ran, and those of completions.
-    programs: of different shapes that were compiled, or read from disk. seconds: spent sampling, without compilation;
-    what the caller does with a completion doesn't count.
+    programs: of different shapes that were compiled, or read from disk. seconds: spent sampling, without compilation,
+    with what the caller does with completions as long as the device goes on meanwhile.
     """
 
     requests: int = 0

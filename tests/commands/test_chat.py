@@ -16,7 +16,8 @@ from almost_jax.commands.terminal import harmless, spoken
 from almost_jax.errors import InputError
 from almost_jax.io.models import save_model
 from almost_jax.io.tokenizer import Tokenizer
-from almost_jax.sampling.engine import Request, Settings, generate, request_key
+from almost_jax.sampling.engine import Request, Settings, generate
+from almost_jax.sampling.keys import request_key
 from almost_jax.sampling.layout import decode_layout
 from almost_jax.sampling.rules import SamplingRules
 from almost_jax.sampling.streaming import stream

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from almost_jax.core import attention as module
-from almost_jax.core.attention import attention, cache_mask, causal_attention, causal_mask
+from almost_jax.core.attention import Seating, attention, cache_mask, causal_attention, causal_mask
 
 B, T, S, P, N, K, H = 2, 3, 5, 4, 6, 2, 4
 
@@ -22,6 +22,33 @@ def concatenated(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, pk: 
         return jnp.concatenate([jnp.broadcast_to(prefix[None], (B, *prefix.shape)), own], axis=axis)
 
     return attention(q, join(pk, k, -1), join(pv, v, -2), jnp.concatenate([jnp.ones((B, T, P), bool), mask], axis=2))
+
+
+@pytest.mark.parametrize("with_prefix", [False, True])
+def test_prompts_that_rows_share_equal_a_copy_for_each_row(with_prefix: bool) -> None:
+    rng = np.random.default_rng(4)
+    rows, width = 5, 6
+
+    def normal(*shape: int) -> jax.Array:
+        return jnp.asarray(3 * rng.normal(size=shape), jnp.float32)
+
+    q, k, v = normal(rows, T, N, H), normal(rows, K, H, S), normal(rows, K, S, H)
+    known_k, known_v = normal(3, K, H, width), normal(3, K, width, H)
+    mask = jnp.asarray(rng.random((rows, T, S)) < 0.6).at[..., 0].set(True)
+    prefix = (normal(K, H, P), normal(K, P, H)) if with_prefix else None
+    # Rows 4 and 1 go on from prompt 0, row 0 from prompt 2, rows 2 and 3 from none; nobody from prompt 1.
+    lengths = np.array([4, 0, 6])
+    members, seats = np.array([[4, 1], [5, 5], [5, 0]]), np.array([5, 1, 6, 6, 0])
+    seating = Seating(jnp.asarray(members), jnp.asarray(seats), jnp.arange(width)[None] < lengths[:, None])
+    found = attention(q, k, v, mask, prefix, (known_k, known_v), seating)
+    for row, prompt in ((0, 2), (1, 0), (2, None), (3, None), (4, 0)):
+        seen = 0 if prompt is None else lengths[prompt]
+        place = prompt or 0
+        keys = jnp.concatenate([known_k[place, :, :, :seen], k[row]], axis=-1)
+        values = jnp.concatenate([known_v[place, :, :seen], v[row]], axis=-2)
+        visible = jnp.concatenate([jnp.ones((T, seen), bool), mask[row]], axis=-1)
+        expected = attention(q[row][None], keys[None], values[None], visible[None], prefix)[0]
+        np.testing.assert_allclose(found[row], expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("scale", [0.7, 15.0])

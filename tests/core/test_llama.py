@@ -226,6 +226,39 @@ def test_unstacked_layers_are_the_same_model(tiny: LlamaConfig, make_params: Mak
     np.testing.assert_allclose(np.asarray(found), np.asarray(expected), atol=1e-5)
 
 
+@pytest.mark.parametrize("scan", [True, False])
+def test_rows_that_share_a_prompt_equal_rows_that_hold_it(
+    tiny: LlamaConfig, make_params: MakeParams, scan: bool
+) -> None:
+    config = dataclasses.replace(tiny, scan_layers=scan)
+    params = make_params(config, 8)
+    tokens = jnp.asarray(np.random.default_rng(2).integers(0, config.vocab_size, (2, 9)), jnp.int32)
+    prefix = llama.prefill_prefix(params, config, tokens[0, :4])
+    lengths = jnp.asarray([9, 6])
+    _, read = continued(params, config, tokens, llama.empty_cache(config, 2, 12), lengths, prefix=prefix)
+    # Row 0 goes on from prompt 1, rows 1 and 3 from prompt 0, row 2 from none.
+    prompts = llama.Prompts(read, jnp.asarray([[3, 1], [0, 4]]), jnp.asarray([2, 1, 4, 0]))
+    sources, new = jnp.asarray([1, 0, 0, 0]), jnp.asarray([[7, 8], [1, 2], [3, 4], [5, 6]], jnp.int32)
+    keys, values = jax.tree.map(
+        lambda leaf: leaf[:, sources] if scan else leaf[sources], (read.keys, read.values)
+    )
+    copied = llama.Cache(keys, values, jnp.asarray([6, 9, 0, 9]))
+    own = llama.empty_cache(config, 4, 3)
+    for column in range(2):
+        step = new[:, column : column + 1], jnp.ones(4, jnp.int32)
+        expected, copied = continued(params, config, step[0], copied, step[1], prefix=prefix)
+        found, own = continued(params, config, step[0], own, step[1], prefix=prefix, prompts=prompts)
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    assert own.lengths.tolist() == [2, 2, 2, 2]
+
+
+def products(program: Any) -> int:
+    """How many matrix products a jaxpr holds, those of a function that is called twice counted twice."""
+    inner = [part for one in program.eqns for part in jax.tree.leaves(list(one.params.values()))]
+    within = [getattr(part, "jaxpr", part) for part in inner if hasattr(part, "jaxpr") or hasattr(part, "eqns")]
+    return sum(one.primitive.name == "dot_general" for one in program.eqns) + sum(map(products, within))
+
+
 @pytest.mark.parametrize(("scan", "remat"), [(True, "full"), (False, "full"), (True, "dots")])
 def test_remat_changes_neither_loss_nor_gradients(
     tiny: LlamaConfig, make_params: MakeParams, scan: bool, remat: str
@@ -243,7 +276,7 @@ def test_remat_changes_neither_loss_nor_gradients(
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), plain, saved)
     # Products in the gradient beyond those of a pass forward and back: attention's alone, or nearly all of the pass.
     counts = {
-        name: str(jax.make_jaxpr(jax.grad(loss), static_argnums=1)(params, shape)).count("dot_general[")
+        name: products(jax.make_jaxpr(jax.grad(loss), static_argnums=1)(params, shape).jaxpr)
         for name, shape in (("plain", config), ("again", again))
     }
     layers = 1 if scan else config.num_layers

@@ -1,5 +1,6 @@
 """Requests through the engine: the same whatever stands beside them, different from each other."""
 
+import collections
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -10,12 +11,15 @@ import pytest
 
 from almost_jax.core.llama import LlamaConfig
 from almost_jax.errors import InputError
-from almost_jax.sampling.engine import Engine, generate, in_order, request_key
+from almost_jax.sampling.engine import Engine, generate, in_order
+from almost_jax.sampling.keys import request_key
+from almost_jax.sampling.programs import room
 from almost_jax.sampling.requests import Completion, Request, Settings
 from almost_jax.sampling.rules import SamplingRules
 from almost_jax.sampling.scoring import completion_logprobs
 from almost_jax.sampling.stats import Stats
 from almost_jax.sampling.stops import StopStrings
+from almost_jax.sampling.table import table_for
 
 PREFIX = (1, 5, 9, 30, 2)
 SETTINGS = Settings(slots=4, steps_per_wake=3, refill=True, prefill_tokens=32)
@@ -261,6 +265,76 @@ def test_a_run_that_is_left_in_the_middle_leaves_no_slot_behind(tiny: LlamaConfi
     fresh = Engine(params, tiny, rules, settings, seed=3, prefix_tokens=())
     assert [one.tokens for one in after] == [one.tokens for one in in_order(requests, fresh.run(requests))]
     assert engine.stats.slot_steps - before == fresh.stats.slot_steps
+
+
+def sampled(lengths: list[int], samples: list[int], seed: int = 3) -> list[Request]:
+    """Prompts of these lengths, each with so many samples, whose limits differ."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for place, (length, count) in enumerate(zip(lengths, samples, strict=True)):
+        prompt = tuple(rng.integers(0, 37, length).tolist())
+        found += [Request(f"{place}/{index}", prompt, int(rng.integers(1, 8))) for index in range(count)]
+    return found
+
+
+@pytest.mark.parametrize("prefix", [(), PREFIX])
+def test_06_prompts_that_samples_share_change_no_token(
+    tiny: LlamaConfig, make_params: Any, prefix: tuple[int, ...]
+) -> None:
+    params, settings = make_params(tiny, 1), Settings(slots=8, steps_per_wake=2, refill=True, prefill_tokens=512)
+    requests = sampled([140, 131, 150, 128, 170, 129, 133], [3, 1, 4, 2, 3, 4, 2])
+    limits: Any = {"rules": dataclasses.replace(RULES, max_new_tokens=8), "prefix_tokens": prefix}
+    engine = Engine(params, tiny, limits["rules"], settings, seed=5, prefix_tokens=prefix)
+    given, real = [], engine._programs.decode
+
+    def decode(slots: Any, prefix: Any, prompts: Any, steps: int) -> Any:
+        given.append((room(slots.cache), prompts))
+        return real(slots, prefix, prompts, steps)
+
+    engine._programs.decode = decode  # type: ignore[method-assign]
+    found = list(in_order(requests, engine.run(requests)))
+    # Fewer places than prompts; the slots hold no more than what is drawn.
+    assert given and all(size == 64 and prompts.members.shape == (5, 4) for size, prompts in given)
+    assert engine.stats.prefill_tokens == len(prefix) + 140 + 131 + 150 + 128 + 170 + 129 + 133
+    assert engine._table is None and engine._shared is None
+    for one in found[::3]:
+        [request] = [request for request in requests if request.id == one.id]
+        [alone] = run(params, tiny, [request], settings=settings, **limits)
+        assert alone.tokens == one.tokens
+        np.testing.assert_allclose(alone.logprobs, one.logprobs, atol=1e-4)
+    # Samples whose caches are kept have their prompts in them.
+    kept = [dataclasses.replace(request, keep=True) for request in requests]
+    assert by_id(run(params, tiny, kept, settings=settings, **limits)) == by_id(found)
+
+
+def test_a_table_gives_places_to_whole_forks() -> None:
+    requests = sampled([130, 140, 150, 160], [3, 2, 4, 2])
+    table = table_for(requests, 6, 8)
+    assert table is not None and table.members.shape == (4, 4) and table.width == 160
+    waiting = collections.deque(requests)
+    # The third prompt's samples don't fit beside the others.
+    assert [one.id for one in table.next(waiting, 6)] == ["0/0", "0/1", "0/2", "1/0", "1/1"]
+    table.seat(0, [5, 0, 2])
+    table.seat(3, [1, 4])
+    assert table.members.tolist() == [[5, 0, 2, 8], [8] * 4, [8] * 4, [1, 4, 8, 8]]
+    assert table.seats.tolist() == [1, 12, 2, 16, 13, 0, 16, 16] and table.free() == [1, 2]
+    assert table.next(waiting, 1) == []
+    table.leave(1)
+    assert table.free() == [1, 2]
+    table.leave(4)
+    assert table.free() == [1, 2, 3] and table.seats[[1, 4]].tolist() == [16, 16]
+    assert [one.id for one in table.next(waiting, 6)] == ["2/0", "2/1", "2/2", "2/3", "3/0", "3/1"] and not waiting
+
+
+def test_prompts_are_shared_only_where_that_gains_something() -> None:
+    assert table_for(sampled([130, 140], [2, 2]), 4, 4) is not None
+    assert table_for([], 4, 4) is None
+    assert table_for(sampled([130, 140], [1, 2]), 4, 4) is None
+    assert table_for(sampled([100, 140], [2, 2]), 4, 4) is None
+    assert table_for(sampled([130, 140], [2, 5]), 4, 4) is None
+    [first, *rest] = sampled([130, 140], [2, 2])
+    for changed in ({"keep": True}, {"parent": "x"}):
+        assert table_for([dataclasses.replace(first, **changed), *rest], 4, 4) is None
 
 
 def test_long_prompts_are_read_by_rows_as_many_as_may_be_read(tiny: LlamaConfig, make_params: Any) -> None:

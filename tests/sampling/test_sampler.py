@@ -212,7 +212,7 @@ def test_a_decode_call_ends_with_its_longest_row(
         return real(*args)
 
     monkeypatch.setattr(sampler, "draw", counted)
-    after, drawn = sampler.decode(params, config, slots, None, 8, rules(1.0, 1))
+    after, drawn = sampler.decode(params, config, slots, None, None, 8, rules(1.0, 1))
     jax.effects_barrier()
     # One token was there before, so three steps fill the longest of the two that run.
     assert len(steps) == 3 and drawn.drawn.tolist() == [4, 2, 1] and not drawn.running.any()
@@ -224,8 +224,9 @@ def test_the_prefix_is_never_copied_per_row(model: tuple[Params, LlamaConfig]) -
     config = model[1]
     programs = Programs(*model, rules(1.0, 3))
     prefix = programs.prefix(np.array(PREFIX, np.int32))
-    slots = programs.empty_slots(5, 16, prefix, 4)
-    lowered = jax.jit(sampler.decode, static_argnums=(1, 4, 5)).lower(model[0], config, slots, prefix, 4, rules(1.0, 3))
+    slots = programs.empty_slots(5, 16, prefix, None, 4)
+    step = jax.jit(sampler.decode, static_argnums=(1, 5, 6))
+    lowered = step.lower(model[0], config, slots, prefix, None, 4, rules(1.0, 3))
     heads, size, shared = config.num_kv_heads, config.head_dim, len(PREFIX)
     assert f"{heads}x{size}x{shared}x" in lowered.as_text()
     assert f"5x{heads}x{size}x{shared}x" not in lowered.as_text()
@@ -260,7 +261,7 @@ def test_no_program_computes_rotations_anew(model: tuple[Params, LlamaConfig]) -
         return sampler.prefill(params, config, tokens, tokens[:, 0], None, prefix)
 
     def step(params: Params, prefix: Any) -> Any:
-        return sampler.decode(params, config, slots, prefix, 2, rules(1.0, 4))
+        return sampler.decode(params, config, slots, prefix, None, 2, rules(1.0, 4))
 
     lowered = [jax.jit(function).lower(params, prefix) for function in (read, step) for prefix in (None, shared)]
     lowered.append(jax.jit(lambda params: prefill_prefix(params, config, tokens[0])).lower(params))
