@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from almost_jax.core import llama, rotary
-from almost_jax.core.llama import LlamaConfig, Params, RMSNorm
+from almost_jax.core.layers import LlamaConfig, Params, RMSNorm
 from almost_jax.core.partitioning import lowering_for
 from almost_jax.core.rotary import RopeConfig
 
