@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from almost_jax.sampling.padding import bucket_size
+from almost_jax.sampling.padding import bucket_length, bucket_size
 from almost_jax.sampling.requests import Request
 
 # What several rows share is kept once where prompts are so long on average: shorter ones are read as fast for each row.
@@ -68,7 +68,8 @@ class Table:
 def table_for(requests: Sequence[Request], slots: int, batch: int) -> Table | None:
     """A table for requests of which neighbours have the same prompt; None where it would gain nothing.
 
-    It has half as many places again as full slots need, since samples of one prompt end one after the other.
+    It has half as many places again as full slots need, since samples of one prompt end one after the other; fewer, by
+    thirds, where there are fewer prompts.
 
     Args:
         requests: in the order in which they are sampled.
@@ -82,7 +83,8 @@ def table_for(requests: Sequence[Request], slots: int, batch: int) -> Table | No
     samples, mean = max(map(len, runs)), len(requests) / len(runs)
     if mean < 2 or samples > slots or sum(lengths) < _LONG * len(runs):
         return None
-    places = min(len(runs), -(-3 * slots // int(2 * mean)))
+    most = -(-3 * slots // int(2 * mean))
+    places = min(bucket_length(len(runs), -(-most // 3)), most)
     return Table(places, samples, batch, bucket_size(max(lengths), _WIDTH))
 
 
