@@ -229,7 +229,7 @@ def generate_file(model: Model, prompts: Sequence[Prompt], out: Path, sampling: 
                 "those; the end of text ends a sample anyway"
             )
     rules = dataclasses.replace(sampling.rules, max_new_tokens=most)
-    # Of all samples, not of those that are left, so that a call that goes on runs the same programs.
+    # Of all samples, not of those that are left, so that a call that goes on has as many.
     slots = max(min(sampling.settings.slots, len(requests)), 1)
     engine = Engine(
         model.params, model.config, rules, dataclasses.replace(sampling.settings, slots=slots),

@@ -130,20 +130,21 @@ class Engine:
         waiting = collections.deque(requests)
         running: dict[int, _Running] = {}
         completions: list[Completion] = []
-        with self.stats.measured(self._programs), self._emptied_on_failure(), self._sharing(requests):
-            while waiting or running:
-                admitted: list[_Admitted] = []
-                if waiting and (not running or self._refills(len(running))):
-                    admitted = self._admit(waiting, running)
-                self._slots, drawn = self._programs.decode(self._taken(), *self._before(), k)
-                yield from completions
-                ended = self._collect(running, *jax.device_get((drawn, admitted)))
-                self._set_aside([(place, running[place]) for place, _ in ended])
-                for place, _ in ended:
-                    del running[place]
-                    if self._table is not None:
-                        self._table.leave(place)
-                completions = [completion for _, completion in ended]
+        with self.stats.measured(self._programs), self._emptied_on_failure():
+            with self._sharing(requests):
+                while waiting or running:
+                    admitted: list[_Admitted] = []
+                    if waiting and (not running or self._refills(len(running))):
+                        admitted = self._admit(waiting, running)
+                    self._slots, drawn = self._programs.decode(self._taken(), *self._before(), k)
+                    yield from completions
+                    ended = self._collect(running, *jax.device_get((drawn, admitted)))
+                    self._set_aside([(place, running[place]) for place, _ in ended])
+                    for place, _ in ended:
+                        del running[place]
+                        if self._table is not None:
+                            self._table.leave(place)
+                    completions = [completion for _, completion in ended]
             with self.stats.paused():
                 yield from completions
 
@@ -250,21 +251,22 @@ class Engine:
         new = [prompt[start:] for prompt, start in zip(prompts, group.starts, strict=True)]
         padded = pad_rows([*new, *[(0,)] * (rows - len(new))], group.width)
         lengths = np.array([len(one) for one in new] + [1] * (rows - len(new)), np.int32)
+        requests = group.requests
+        count = self._bucket(len(requests))
+        rest = count - len(requests)
+        keys = self._programs.keys(self._root, id_words([one.id for one in requests], count))
         kept = self._restored(group, rows) if any(group.starts) else None
         read = self._programs.prefill(padded, lengths, kept, self._prefix)
-        requests = group.requests
         self.stats.prefill_tokens += sum(map(len, new))
         self.stats.prefill_tokens_asked += sum(len(self._prefix_tokens) + len(one.prompt) for one in requests)
         self._seat(group, places, read[1], lengths)
-        count = self._bucket(len(requests))
-        rest = count - len(requests)
         sources = [row for row, own in enumerate(group.forks) for _ in own]
         self._slots, tokens, logprobs = self._programs.admit(
             self._taken(),
             read,
             np.array(sources + [0] * rest, np.int32),
             np.array(places + [self._batch] * rest, np.int32),
-            self._programs.keys(self._root, id_words([one.id for one in requests], count)),
+            keys,
             np.array([self._limit(one) for one in requests] + [1] * rest, np.int32),
             self._table is None,
         )

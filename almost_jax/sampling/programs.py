@@ -205,7 +205,9 @@ class Programs:
 
     def _call(self, shape: tuple[Any, ...], make: Callable[..., Any], arguments: tuple[Any, ...], *static: Any) -> Any:
         """What the program for arguments of a shape gives back."""
-        given = self._program(shape, make, arguments, *static)(*arguments)
+        program = self._program(shape, make, arguments, *static)
+        self._latest = None
+        given = program(*arguments)
         self._latest = min(jax.tree.leaves(given), key=lambda leaf: leaf.size)
         return given
 

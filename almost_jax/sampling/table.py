@@ -11,6 +11,8 @@ from almost_jax.sampling.requests import Request
 
 # What several rows share is kept once where prompts are so long on average: shorter ones are read as fast for each row.
 _LONG = 128
+# All samples of a prompt wait for slots, of which they may need one in so many.
+_WHOLE = 4
 # Prompts have programs for so many tokens, and for larger buckets.
 _WIDTH = 32
 
@@ -46,8 +48,7 @@ class Table:
         chosen: list[Request] = []
         head = list(itertools.islice(waiting, free + 1))
         for run in sample_runs(head)[: len(self.free())]:
-            cut = run[-1] is head[-1] and len(head) < len(waiting)
-            if len(chosen) + len(run) > free or cut or any(one.prompt == run[0].prompt for one in chosen):
+            if len(chosen) + len(run) > free or any(one.prompt == run[0].prompt for one in chosen):
                 break
             chosen += run
         for _ in chosen:
@@ -81,7 +82,13 @@ def table_for(requests: Sequence[Request], slots: int, batch: int) -> Table | No
         return None
     lengths = [len(run[0].prompt) for run in runs]
     samples, mean = max(map(len, runs)), len(requests) / len(runs)
-    if mean < 2 or samples > slots or sum(lengths) < _LONG * len(runs):
+    if samples > slots or sum(lengths) < _LONG * len(runs):
+        return None
+    if mean < 2 or samples > 2 * mean:
+        # Every place has seats for the most samples of any prompt.
+        return None
+    if len(requests) > slots and samples > slots // _WHOLE:
+        # So many slots at once are rarely free.
         return None
     most = -(-3 * slots // int(2 * mean))
     places = min(bucket_length(len(runs), -(-most // 3)), most)

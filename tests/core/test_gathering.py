@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from almost_jax.config import MeshConfig, OptimizerConfig
-from almost_jax.core import llama, losses
+from almost_jax.core import layers, llama, losses
 from almost_jax.core.attention import attention, causal_mask
 from almost_jax.core.gathering import EXPLICIT_RULES, Gather, explicitly
 from almost_jax.core.llama import LlamaConfig, Params
@@ -100,7 +100,7 @@ def test_splash_attention_equals_plain_attention(length: int) -> None:
 
 
 def test_a_model_with_splash_attention_takes_rows_of_any_length(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llama, "splash_attention", functools.partial(splash_attention, interpret=True))
+    monkeypatch.setattr(layers, "splash_attention", functools.partial(splash_attention, interpret=True))
     config = dataclasses.replace(CONFIG, num_layers=2, remat="none")
     splash = dataclasses.replace(config, attention="splash")
     params, batch = llama.init_params(config, jax.random.key(1)), ragged_batch(2)

@@ -19,7 +19,7 @@ from almost_jax.sampling.rules import SamplingRules
 from almost_jax.sampling.scoring import completion_logprobs
 from almost_jax.sampling.stats import Stats
 from almost_jax.sampling.stops import StopStrings
-from almost_jax.sampling.table import table_for
+from almost_jax.sampling.table import Table, table_for
 
 PREFIX = (1, 5, 9, 30, 2)
 SETTINGS = Settings(slots=4, steps_per_wake=3, refill=True, prefill_tokens=32)
@@ -281,8 +281,9 @@ def sampled(lengths: list[int], samples: list[int], seed: int = 3) -> list[Reque
 def test_06_prompts_that_samples_share_change_no_token(
     tiny: LlamaConfig, make_params: Any, prefix: tuple[int, ...]
 ) -> None:
-    params, settings = make_params(tiny, 1), Settings(slots=8, steps_per_wake=2, refill=True, prefill_tokens=512)
-    requests = sampled([140, 131, 150, 128, 170, 129, 133], [3, 1, 4, 2, 3, 4, 2])
+    params, settings = make_params(tiny, 1), Settings(slots=16, steps_per_wake=2, refill=True, prefill_tokens=512)
+    lengths = [140, 131, 150, 128, 170, 129, 133, 130, 141, 135, 136, 137, 138]
+    requests = sampled(lengths, [3, 1, 4, 2, 3, 4, 2, 4, 1, 3, 2, 4, 3])
     limits: Any = {"rules": dataclasses.replace(RULES, max_new_tokens=8), "prefix_tokens": prefix}
     engine = Engine(params, tiny, limits["rules"], settings, seed=5, prefix_tokens=prefix)
     given, real = [], engine._programs.decode
@@ -294,10 +295,10 @@ def test_06_prompts_that_samples_share_change_no_token(
     engine._programs.decode = decode  # type: ignore[method-assign]
     found = list(in_order(requests, engine.run(requests)))
     # Fewer places than prompts; the slots hold no more than what is drawn.
-    assert given and all(size == 64 and prompts.members.shape == (5, 4) for size, prompts in given)
-    assert engine.stats.prefill_tokens == len(prefix) + 140 + 131 + 150 + 128 + 170 + 129 + 133
+    assert given and all(size == 64 and prompts.members.shape == (10, 4) for size, prompts in given)
+    assert engine.stats.prefill_tokens == len(prefix) + sum(lengths)
     assert engine._table is None and engine._shared is None
-    for one in found[::3]:
+    for one in found[::5]:
         [request] = [request for request in requests if request.id == one.id]
         [alone] = run(params, tiny, [request], settings=settings, **limits)
         assert alone.tokens == one.tokens
@@ -309,8 +310,7 @@ def test_06_prompts_that_samples_share_change_no_token(
 
 def test_a_table_gives_places_to_whole_forks() -> None:
     requests = sampled([130, 140, 150, 160], [3, 2, 4, 2])
-    table = table_for(requests, 6, 8)
-    assert table is not None and table.members.shape == (4, 4) and table.width == 160
+    table = Table(4, 4, 8, 160)
     waiting = collections.deque(requests)
     # The third prompt's samples don't fit beside the others.
     assert [one.id for one in table.next(waiting, 6)] == ["0/0", "0/1", "0/2", "1/0", "1/1"]
@@ -332,6 +332,12 @@ def test_prompts_are_shared_only_where_that_gains_something() -> None:
     assert table_for(sampled([130, 140], [1, 2]), 4, 4) is None
     assert table_for(sampled([100, 140], [2, 2]), 4, 4) is None
     assert table_for(sampled([130, 140], [2, 5]), 4, 4) is None
+    # Many slots would have to be free at once, or most seats be empty.
+    assert table_for(sampled([130, 140, 150], [2, 3, 2]), 7, 7) is not None
+    assert table_for(sampled([130, 140, 150], [2, 3, 2]), 6, 6) is None
+    assert table_for(sampled([130] * 5, [2, 2, 2, 2, 9]), 64, 64) is None
+    table = table_for(sampled([130, 161] * 20, [3] * 40), 32, 32)
+    assert table is not None and table.members.shape == (16, 3) and table.width == 192
     [first, *rest] = sampled([130, 140], [2, 2])
     for changed in ({"keep": True}, {"parent": "x"}):
         assert table_for([dataclasses.replace(first, **changed), *rest], 4, 4) is None
