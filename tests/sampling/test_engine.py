@@ -308,6 +308,32 @@ def test_06_prompts_that_samples_share_change_no_token(
     assert by_id(run(params, tiny, kept, settings=settings, **limits)) == by_id(found)
 
 
+def test_08_stop_strings_behind_shared_prompts_in_an_engine_used_again(tiny: LlamaConfig, make_params: Any) -> None:
+    params, settings = make_params(tiny, 1), Settings(slots=8, steps_per_wake=5, refill=True, prefill_tokens=512)
+    rules, stops = SamplingRules(1.3, 1.0, 0, 24, (3,)), StopStrings(("\nHuman:", "cab"), spelled)
+    shared = [dataclasses.replace(one, max_new_tokens=24) for one in sampled([130, 140, 128, 129, 150, 133], [2] * 6)]
+    apart = [Request(f"apart {place}", (place + 1, 2)) for place in range(6)]
+
+    def engine() -> Engine:
+        return Engine(params, tiny, rules, settings, seed=3, prefix_tokens=(), stops=stops)
+
+    # What keeps its cache has its prompt to itself.
+    expected = by_id(list(engine().run([dataclasses.replace(one, keep=True) for one in shared])))
+    expected |= by_id(list(engine().run(apart)))
+    used = engine()
+    left = used.run([dataclasses.replace(one, id=f"left {one.id}") for one in shared])
+    next(left)
+    assert used._table is not None and len(used._table.free()) < used._table.prompts
+    left.close()
+    assert used._table is None and used._shared is None
+    finishes = set()
+    for requests in (shared, apart, shared):
+        found = list(used.run(requests))
+        assert by_id(found) == {one.id: expected[one.id] for one in requests}
+        finishes |= {one.finish for one in found}
+    assert finishes == {"stop_string", "stop_token", "length"}
+
+
 def test_a_table_gives_places_to_whole_forks() -> None:
     requests = sampled([130, 140, 150, 160], [3, 2, 4, 2])
     table = Table(4, 4, 8, 160)
