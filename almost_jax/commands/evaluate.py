@@ -7,11 +7,10 @@ from typing import Annotated
 
 import jax
 import typer
-from jax.sharding import Mesh
 
 from almost_jax.commands.places import DtypeOption, MeshOption, check_dtype, on_disk, parse_mesh
 from almost_jax.config import MeshConfig, SamplingConfig
-from almost_jax.core.partitioning import make_mesh
+from almost_jax.core.partitioning import make_mesh, whole_rows
 from almost_jax.errors import InputError
 from almost_jax.evaluation import duel, vicuna
 from almost_jax.evaluation.answers import PLAIN, answer
@@ -21,6 +20,7 @@ from almost_jax.evaluation.judge_prompts import SCORES, read_prompt
 from almost_jax.evaluation.statistics import Bootstrap
 from almost_jax.io.models import Model, load_model
 from almost_jax.io.paths import local_path
+from almost_jax.io.progress import stderr_progress
 from almost_jax.io.records import Record, check_writable
 from almost_jax.io.transfer import locate
 
@@ -120,7 +120,7 @@ def vicuna_command(
     if (judge == REWARD_MODEL) != (reward_model is not None):
         raise InputError("--judge reward_model and --reward-model MODEL belong together; give both or neither")
     place = make_mesh(MeshConfig()) if mesh is None else parse_mesh(mesh)
-    size = _rows(place, batch_size)
+    size = whole_rows(place, batch_size)
     sampling = SamplingConfig(
         temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens, batch_size=size
     )
@@ -148,9 +148,8 @@ def vicuna_command(
             if path.suffix == ".jsonl" and path.is_file():
                 sides.append(vicuna.read_answers(path, questions))
             else:
-                typer.echo(f"vicuna: {source} answers {len(questions)} questions", err=True)
                 loaded: Model = load_model(locate(source), place, dtype)
-                sides.append(answer(loaded, questions, how, sampling, seed, folder))
+                sides.append(answer(loaded, questions, how, sampling, seed, folder, stderr_progress))
                 # Two large models need not fit.
                 del loaded
         if reward_model is not None:
@@ -167,12 +166,6 @@ def vicuna_command(
         raise typer.Exit(1)
 
 
-def _rows(mesh: Mesh, batch_size: int) -> int:
-    """As many rows for each of the devices that batches are split over."""
-    rows = mesh.shape["data"] * mesh.shape["fsdp"]
-    return -(-batch_size // rows) * rows
-
-
 def _evaluate(
     name: str, model: str, data: Path | None, out: Path, batch_size: int, dtype: str, mesh: str | None
 ) -> None:
@@ -183,10 +176,7 @@ def _evaluate(
     place = make_mesh(MeshConfig()) if mesh is None else parse_mesh(mesh)
     loaded = load_model(locate(model), place, dtype)
 
-    def advance(done: int, total: int) -> None:
-        typer.echo(f"{name}: {done}/{total}", err=True)
-
     with jax.set_mesh(place):
-        found = evaluate(benchmark, loaded, questions, _rows(place, batch_size), out, advance)
+        found = evaluate(benchmark, loaded, questions, whole_rows(place, batch_size), out, stderr_progress)
     figures = {key: value for key, value in found.items() if key != "items"}
     typer.echo(json.dumps(figures, indent=2, ensure_ascii=False))

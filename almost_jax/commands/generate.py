@@ -10,8 +10,6 @@ from typing import Annotated
 
 import jax
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from almost_jax.commands.chat import ends, sampling_rules
 from almost_jax.commands.places import (
@@ -27,6 +25,7 @@ from almost_jax.config import MeshConfig, SamplingConfig
 from almost_jax.core.partitioning import make_mesh
 from almost_jax.errors import InputError
 from almost_jax.io.models import Model, load_model, model_digest
+from almost_jax.io.progress import stderr_progress
 from almost_jax.io.records import (
     Record,
     RecordWriter,
@@ -238,11 +237,10 @@ def generate_file(model: Model, prompts: Sequence[Prompt], out: Path, sampling: 
     )  # fmt: skip
     with RecordWriter(out, key=lambda record: f"{record['id']}/{record['sample']}") as writer:
         _check_resumed(writer, digests)
-        with _progress(len(requests), len(writer.done)) as progress:
+        with stderr_progress("samples", len(requests), len(writer.done)) as progress:
             for done in engine.run([one for one in requests if one.id not in writer.done]):
                 writer.write(_record(model, done, sampling.stops, digests[done.id]))
-                progress.advance(progress.task_ids[0])
-                progress.update(progress.task_ids[0], rate=f"{engine.stats.rate():.0f} tokens/s")
+                progress.advance(tokens_per_second=engine.stats.rate())
         order = {one.id: place for place, one in enumerate(requests)}
         records = sorted(writer.records, key=lambda record: order[writer.key(record)])
         write_records(partial_path(out), records)
@@ -285,18 +283,6 @@ def _check_resumed(writer: RecordWriter, digests: Mapping[str, str]) -> None:
                 f"{partial}, line {number}: was sampled from another prompt or with other settings; "
                 "delete the file to start over"
             )
-
-
-def _progress(total: int, done: int) -> Progress:
-    """A bar on standard error; nothing where that isn't a terminal."""
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}", markup=False), TimeElapsedColumn(), TimeRemainingColumn(),
-    )  # fmt: skip
-    progress = Progress(*columns, console=console, disable=not console.is_terminal)
-    progress.add_task("samples", total=total, completed=done, rate="")
-    return progress
 
 
 def _read_text(path: Path) -> str:

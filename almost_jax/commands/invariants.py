@@ -252,7 +252,7 @@ def _within(name: str, worst: float, what: str, fix: str) -> Check:
 def _rows(model: Model) -> list[list[int]]:
     """Prompts of several lengths, cut to what the model can read."""
     tokenizer, room = model.tokenizer, model.config.max_position_embeddings - NEW_TOKENS
-    begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    begin = tokenizer.begin
     return [[*begin, *tokenizer.encode(text)][:room] for text in PROMPTS]
 
 

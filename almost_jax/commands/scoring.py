@@ -11,9 +11,10 @@ import typer
 
 from almost_jax.commands.places import DtypeOption, MeshOption, check_dtype, on_disk, parse_mesh
 from almost_jax.config import MeshConfig
-from almost_jax.core.partitioning import make_mesh, row_parts
+from almost_jax.core.partitioning import make_mesh, whole_rows
 from almost_jax.errors import InputError
 from almost_jax.io.models import Model, load_model
+from almost_jax.io.progress import ShowProgress, stderr_progress
 from almost_jax.io.records import Record, RecordWriter, check_writable, numbered_records
 from almost_jax.io.transfer import locate
 from almost_jax.sampling.scoring import completion_logprobs, score_sequences
@@ -56,15 +57,15 @@ def score_command(
     loaded = load_model(locate(model), place, dtype)
     shape = dataclasses.replace(loaded.config, vocab_chunk=head_chunk(MeshConfig()))
     loaded = dataclasses.replace(loaded, config=shape)
-    # As many rows for each of the devices that batches are split over.
-    rows = row_parts(place)
-    size = -(-batch_size // rows) * rows
+    size = whole_rows(place, batch_size)
     # Accelerators multiply float32 in fewer bits unless they are told not to.
     with jax.set_mesh(place), jax.default_matmul_precision("highest" if dtype == "float32" else "default"):
-        score_file(loaded, input, out, size, loaded.score_at_end if end is None else end)
+        score_file(loaded, input, out, size, loaded.score_at_end if end is None else end, stderr_progress)
 
 
-def score_file(model: Model, source: Path, out: Path, batch_size: int, end: bool) -> None:
+def score_file(
+    model: Model, source: Path, out: Path, batch_size: int, end: bool, show_progress: ShowProgress
+) -> None:
     """Score a file of lines {"prompt", "completion"}; what an interrupted call has written is kept and goes on.
 
     The output has the lines of the input in their order, each with `line` (its number), `tokens` (the completion's
@@ -77,12 +78,17 @@ def score_file(model: Model, source: Path, out: Path, batch_size: int, end: bool
         out: appears when all are scored.
         batch_size: texts per forward pass.
         end: whether the end of text stands behind a text where a reward model's score is read.
+        show_progress: shows how many of the lines are scored.
 
     Raises:
         InputError: a line is malformed or too long for the model, or what is written already was scored by another
             model or from another file.
     """
-    with RecordWriter(out, key=lambda record: str(record["line"])) as writer:
+    total = sum(1 for _ in _checked(source))
+    with (
+        RecordWriter(out, key=lambda record: str(record["line"])) as writer,
+        show_progress("scored", total, min(len(writer.done), total)) as progress,
+    ):
         kept, place = list(writer.records), 0
         checked = not kept
         for chunk in _chunks(source, batch_size * _BATCHES_AT_ONCE):
@@ -98,19 +104,26 @@ def score_file(model: Model, source: Path, out: Path, batch_size: int, end: bool
                     raise InputError(f"{out}.partial: was scored by another model; delete it to start over")
             for record in _scored(model, chunk[len(done) :], source, batch_size, end):
                 writer.write(record)
+                progress.advance()
         if len(kept) > place:
             raise InputError(f"{out}.partial: has more lines than {source}; delete it to start over")
         writer.finish()
 
 
-def _chunks(source: Path, size: int) -> Iterator[list[Record]]:
-    """The lines of the file with their numbers, blank ones left out, `size` at a time."""
-    chunk: list[Record] = []
+def _checked(source: Path) -> Iterator[Record]:
+    """The lines of the file with their numbers, blank ones left out."""
     for number, record in numbered_records(source):
         for key in ("prompt", "completion"):
             if not isinstance(record.get(key), str):
                 raise InputError(f"{source}, line {number}: {key} is {record.get(key)!r}; expected a text")
-        chunk.append({**record, "line": number})
+        yield {**record, "line": number}
+
+
+def _chunks(source: Path, size: int) -> Iterator[list[Record]]:
+    """The lines of the file, `size` at a time."""
+    chunk: list[Record] = []
+    for record in _checked(source):
+        chunk.append(record)
         if len(chunk) == size:
             yield chunk
             chunk = []

@@ -286,5 +286,11 @@ def row_parts(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in _several(dict(rules_for(mesh))["rows"]))
 
 
+def whole_rows(mesh: Mesh, rows: int) -> int:
+    """As many rows or more, so that `row_parts` divides them."""
+    parts = row_parts(mesh)
+    return -(-rows // parts) * parts
+
+
 def _several(target: MeshAxes) -> tuple[str, ...]:
     return (target,) if isinstance(target, str) else target or ()

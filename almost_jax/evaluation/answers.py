@@ -13,6 +13,7 @@ from almost_jax.config import PromptedModel, SamplingConfig
 from almost_jax.errors import InputError
 from almost_jax.io.distributed import from_primary
 from almost_jax.io.models import Model, model_digest
+from almost_jax.io.progress import ShowProgress
 from almost_jax.io.records import Record, RecordWriter, read_records
 from almost_jax.sampling.engine import Engine, Request, in_order
 from almost_jax.stages.prompting import (
@@ -30,7 +31,13 @@ PLAIN, CHAT = "plain", "chat"
 
 
 def answer(
-    model: Model, questions: Sequence[Record], asked: str, sampling: SamplingConfig, seed: int, folder: Path
+    model: Model,
+    questions: Sequence[Record],
+    asked: str,
+    sampling: SamplingConfig,
+    seed: int,
+    folder: Path,
+    show_progress: ShowProgress,
 ) -> list[Record]:
     """Answer every question, going on where an interrupted call left off.
 
@@ -41,6 +48,7 @@ def answer(
         sampling: how tokens are drawn.
         seed: with a question's id the source of all chance.
         folder: of the answers: a file whose name tells this model, these questions and settings from others.
+        show_progress: shows how many of the questions are answered.
 
     Returns:
         {"question_id", "text", "tokens", "finish": "stop" or "length"}, in order.
@@ -59,22 +67,20 @@ def answer(
     if from_primary(path.exists):
         return read_records(path)
     with RecordWriter(path, key=lambda record: json.dumps(record["question_id"])) as writer:
-        size = group_size(sampling)
+        keys = [json.dumps(one["question_id"]) for one in questions]
         reply_to = _replier(model, asked, prompt, sampling, seed)
-        for first in range(0, len(questions), size):
-            group = questions[first : first + size]
-            if writer.done.issuperset(json.dumps(one["question_id"]) for one in group):
-                continue
-            for one, found in zip(group, reply_to(group), strict=True):
-                if json.dumps(one["question_id"]) not in writer.done:
-                    writer.write(
-                        {
-                            "question_id": one["question_id"],
-                            "text": found.text,
-                            "tokens": found.tokens,
-                            "finish": found.finish,
-                        }
-                    )
+        with show_progress(f"answers of {model.name}", len(keys), len(writer.done)) as progress:
+            for places in writer.torn_groups(keys, group_size(sampling)):
+                group = questions[places.start : places.stop]
+                for one, found in zip(group, reply_to(group), strict=True):
+                    record = {
+                        "question_id": one["question_id"],
+                        "text": found.text,
+                        "tokens": found.tokens,
+                        "finish": found.finish,
+                    }
+                    if writer.write_missing(record):
+                        progress.advance()
         writer.finish()
         return writer.records
 

@@ -70,28 +70,15 @@ def _static(run: Run, benchmark: Benchmark, data: Path | None, batch_size: int) 
     found: dict[str, Any] = {}
     for name, load in _models(run, (*POLICIES, *REWARDS)):
         path = run.path(f"evaluation/{benchmark.name}/{name}.json")
-        found[name] = _figures(_finished(path) or _judged(run, benchmark, name, load, questions, batch_size, path))
+        found[name] = _figures(_finished(path) or _judged(run, benchmark, load, questions, batch_size, path))
     return found
 
 
 def _judged(
-    run: Run,
-    benchmark: Benchmark,
-    name: str,
-    load: Callable[[], Model],
-    questions: list[Record],
-    batch_size: int,
-    path: Path,
+    run: Run, benchmark: Benchmark, load: Callable[[], Model], questions: list[Record], batch_size: int, path: Path
 ) -> dict[str, Any]:
-    done = 0
-    with jax.set_mesh(run.sampling_mesh), run.progress(f"{benchmark.name}: {name}", len(questions)) as progress:
-
-        def advance(now: int, total: int) -> None:
-            nonlocal done
-            progress.advance(now - done)
-            done = now
-
-        return evaluate(benchmark, load(), questions, batch_size, path, advance)
+    with jax.set_mesh(run.sampling_mesh):
+        return evaluate(benchmark, load(), questions, batch_size, path, run.progress)
 
 
 def _vicuna(run: Run, settings: VicunaConfig) -> dict[str, Any]:
@@ -105,9 +92,10 @@ def _vicuna(run: Run, settings: VicunaConfig) -> dict[str, Any]:
     def answers_of(name: str) -> list[Record]:
         if name not in answers:
             how = settings.prompt if name == VANILLA else PLAIN
-            run.say(f"vicuna: {name} answers {len(questions)} questions")
             with jax.set_mesh(run.sampling_mesh):
-                answers[name] = answer(models[name](), questions, how, settings.sampling, seed, folder / name)
+                answers[name] = answer(
+                    models[name](), questions, how, settings.sampling, seed, folder / name, run.progress
+                )
         return answers[name]
 
     if settings.against in models:

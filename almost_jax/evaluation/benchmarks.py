@@ -14,6 +14,7 @@ from typing import Any
 from almost_jax.evaluation import hhh, truthfulqa
 from almost_jax.io.distributed import from_primary
 from almost_jax.io.models import Model, model_digest
+from almost_jax.io.progress import ShowProgress
 from almost_jax.io.records import Record, RecordWriter, partial_path, write_bytes
 
 
@@ -50,7 +51,7 @@ def evaluate(
     questions: Sequence[Record],
     batch_size: int,
     out: Path,
-    advance: Callable[[int, int], None],
+    show_progress: ShowProgress,
 ) -> dict[str, Any]:
     """Judge a model on a benchmark and write the result; what an interrupted call has judged is kept.
 
@@ -60,7 +61,7 @@ def evaluate(
         questions: from `benchmark.load`.
         batch_size: texts per forward pass.
         out: of the result, JSON; replaced when it is there.
-        advance: told (items done, of how many) after each group.
+        show_progress: shows how many of the questions are judged.
 
     Returns:
         The benchmark's figures, {"benchmark", "model", "kind"} and "items".
@@ -72,15 +73,13 @@ def evaluate(
     kept = out.with_name(f".{out.name}.{digest[:12]}")
     # The number is the key, and no part of what is written.
     with RecordWriter(kept, key=lambda record: str(record["place"])) as writer:
-        for first in range(0, len(questions), benchmark.group):
-            group = questions[first : first + benchmark.group]
-            places = [str(first + offset) for offset in range(len(group))]
-            if not writer.done.issuperset(places):
-                # A torn group is judged whole, so that each text is computed in the batch it would have been in.
-                for place, item in zip(places, benchmark.judge(model, group, batch_size), strict=True):
-                    if place not in writer.done:
-                        writer.write({"place": int(place), **item})
-            advance(first + len(group), len(questions))
+        keys = [str(place) for place in range(len(questions))]
+        with show_progress(f"{benchmark.name}: {model.name}", len(keys), len(writer.done)) as progress:
+            for places in writer.torn_groups(keys, benchmark.group):
+                judged = benchmark.judge(model, questions[places.start : places.stop], batch_size)
+                for place, item in zip(places, judged, strict=True):
+                    if writer.write_missing({"place": place, **item}):
+                        progress.advance()
         items = [{key: value for key, value in record.items() if key != "place"} for record in writer.records]
     result = {
         "benchmark": benchmark.name,

@@ -186,19 +186,18 @@ def score_systems(run: Run, judged: Sequence[System], truth: Truth | None) -> li
     with RecordWriter(path, _item_key) as writer:
         with run.progress("evaluation: sampling held-out responses", len(wanted), len(writer.done)) as progress:
             for system in judged:
-                for item in _missing_items(system, scorers, writer.done):
-                    writer.write(item)
-                    progress.advance()
+                for item in _torn_items(system, scorers, writer):
+                    if writer.write_missing(item):
+                        progress.advance()
         writer.finish()
         return writer.records
 
 
-def _missing_items(system: System, scorers: Scorers, done: set[str]) -> Iterator[Item]:
-    """Sample and score the responses of a system that aren't in `done`, group by group."""
+def _torn_items(system: System, scorers: Scorers, writer: RecordWriter) -> Iterator[Item]:
+    """Sample and score the responses of a system, of groups that aren't wholly written yet."""
     requests = _requests(system)
-    size = group_size(system.sampling)
-    groups = [requests[start : start + size] for start in range(0, len(requests), size)]
-    groups = [group for group in groups if any(_key(system.name, request_id) not in done for request_id, _ in group)]
+    keys = [_key(system.name, request_id) for request_id, _ in requests]
+    groups = list(writer.torn_groups(keys, group_size(system.sampling)))
     if not groups:
         return
     model = system.load()
@@ -206,10 +205,9 @@ def _missing_items(system: System, scorers: Scorers, done: set[str]) -> Iterator
         answer = _plainly(system, model)
     else:
         answer = _with_log_ratio(system, model, system.reference())
-    for group in groups:
-        for item in _score_group(system, *answer(group), scorers, group):
-            if _item_key(item) not in done:
-                yield item
+    for places in groups:
+        group = requests[places.start : places.stop]
+        yield from _score_group(system, *answer(group), scorers, group)
 
 
 def _score_group(

@@ -87,10 +87,8 @@ def score_demonstrations(run: Run, sources: Mapping[str, Sequence[Record]]) -> l
     scorers = load_scorers(run, None)
     with RecordWriter(path, _played_key) as writer:
         with run.progress("evaluation: scoring demonstrations", len(turns), len(writer.done)) as progress:
-            for start in range(0, len(turns), _DIALOGUES_AT_ONCE):
-                part = turns[start : start + _DIALOGUES_AT_ONCE]
-                if all(key in writer.done for key in expected[start : start + _DIALOGUES_AT_ONCE]):
-                    continue
+            for places in writer.torn_groups(expected, _DIALOGUES_AT_ONCE):
+                part = turns[places.start : places.stop]
                 dialogues = [dialogue for _, _, _, dialogue in part]
                 rewards = scorers.reward.score(dialogues)
                 as_is = None if scorers.as_is is None else scorers.as_is.score(dialogues)
@@ -104,8 +102,7 @@ def score_demonstrations(run: Run, sources: Mapping[str, Sequence[Record]]) -> l
                         "as_is": None if as_is is None else float(as_is[index]),
                         "gold": None,
                     }
-                    if _played_key(item) not in writer.done:
-                        writer.write(item)
+                    if writer.write_missing(item):
                         progress.advance()
         writer.finish()
     return read_records(path)

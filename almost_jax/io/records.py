@@ -13,7 +13,7 @@ import itertools
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, TypeAlias
@@ -319,6 +319,24 @@ class RecordWriter:
         file.write(dump_record(record))
         file.flush()
         self.done.add(name)
+
+    def write_missing(self, record: Record) -> bool:
+        """Append one record whose key may be written already; whether it was not. Raises as `write` does."""
+        missing = self.key(record) not in self.done
+        if missing:
+            self.write(record)
+        return missing
+
+    def torn_groups(self, keys: Sequence[str], size: int) -> Iterator[range]:
+        """The places of every `size` neighbours among the keys of which not all are written.
+
+        Who computes such a group whole, and hands all of it to `write_missing`, computes every record in the company,
+        and by the programs, that it would have had in a run that was never stopped.
+        """
+        for first in range(0, len(keys), size):
+            group = range(first, min(first + size, len(keys)))
+            if not self.done.issuperset(keys[place] for place in group):
+                yield group
 
     def finish(self) -> None:
         """Give the file its final name; nothing can be written after.

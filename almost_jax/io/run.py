@@ -3,9 +3,7 @@
 import dataclasses
 import functools
 import hashlib
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,7 +11,6 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from almost_jax.config import ExperimentConfig
 from almost_jax.core.heads import HEAD, head_axes
@@ -24,86 +21,7 @@ from almost_jax.errors import InputError
 from almost_jax.io.distributed import from_primary
 from almost_jax.io.metrics import MetricsLogger
 from almost_jax.io.models import Model, load_model
-from almost_jax.io.preemption import stop_between
-
-# (description, done, total): called as a stage advances, for status.json.
-ProgressHook = Callable[[str, int, int], None]
-
-# A log file gets a line this often; a terminal has a live bar instead.
-SECONDS_BETWEEN_LINES = 10.0
-
-
-class ProgressReport:
-    """Counts what a stage has done and shows it with rate, time left and the newest figures.
-
-    Use through `Run.progress`.
-    """
-
-    def __init__(
-        self, console: Console, description: str, total: int, done: int, bar: Progress | None, hook: ProgressHook | None
-    ) -> None:
-        self._console = console
-        self._description = description
-        self._total = total
-        self._done = done
-        self._resumed_at = self._shown = done
-        self._advances = 0
-        self._started = self._last_line = time.monotonic()
-        self._figures = ""
-        self._hook = hook
-        self._bar = bar
-        self._task = (
-            None if bar is None else bar.add_task(description, total=total, completed=done, rate="", figures="")
-        )
-        if bar is None:
-            self._print_line()
-
-    def advance(self, n: int = 1, **figures: float) -> None:
-        """Count `n` more as done; `figures` are shown beside the bar until the next ones come."""
-        self._done += n
-        self._advances += 1
-        if figures:
-            self._figures = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
-        stop_between()
-        if self._hook is not None:
-            self._hook(self._description, self._done, self._total)
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=self._done, rate=self._rate(), figures=self._figures)
-        elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
-            self._print_line()
-
-    def finish(self) -> None:
-        """Show the last state; what a stage skipped at the end stays visible as a bar that is not full."""
-        if self._bar is None and self._done > self._shown:
-            self._print_line()
-
-    def _print_line(self) -> None:
-        self._last_line, self._shown = time.monotonic(), self._done
-        self._console.print(self._line(), markup=False, highlight=False, emoji=False, soft_wrap=True)
-
-    def _per_second(self) -> float:
-        elapsed = time.monotonic() - self._started
-        return (self._done - self._resumed_at) / elapsed if elapsed > 0 else 0.0
-
-    def _rate(self) -> str:
-        rate = self._per_second()
-        return f"{rate:.1f}/s" if rate >= 1 or rate == 0 else f"{1 / rate:.1f} s each"
-
-    def _line(self) -> str:
-        parts = [f"{self._description}: {self._done}/{self._total}"]
-        left = (self._total - self._done) / max(self._per_second(), 1e-9)
-        if self._done >= self._total > self._resumed_at:
-            parts += [self._rate(), f"in {_duration(time.monotonic() - self._started)}"]
-        elif self._advances > 1:
-            # Not after the first step, which holds the compilation for all the others: no rate to go by.
-            parts += [self._rate(), f"{_duration(left)} left"]
-        return "  ".join([*parts, self._figures]).rstrip()
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+from almost_jax.io.progress import ProgressHook, ProgressReport, console_progress
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -218,29 +136,9 @@ class Run:
         params, config = self.to_sample(found.params, found.config)
         return dataclasses.replace(found, params=params, config=config)
 
-    @contextmanager
-    def progress(self, description: str, total: int, done: int = 0) -> Iterator[ProgressReport]:
-        """Show `done` of `total` growing: a live bar on a terminal, else a line every ten seconds.
-
-        Yields:
-            An object whose `.advance(n=1, **figures)` counts n more and shows the figures.
-        """
-        if not self.console.is_terminal:
-            report = ProgressReport(self.console, description, total, done, None, self.on_progress)
-            yield report
-            report.finish()
-            return
-        columns = (
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}", markup=False),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[figures]}", markup=False),
-        )
-        with Progress(*columns, console=self.console) as bar:
-            yield ProgressReport(self.console, description, total, done, bar, self.on_progress)
+    def progress(self, description: str, total: int, done: int = 0) -> AbstractContextManager[ProgressReport]:
+        """`console_progress` on the run's console, told to `on_progress` too."""
+        return console_progress(self.console, description, total, done, self.on_progress)
 
     def metrics(self, stage: str, resume_step: int, logged: int | None = None) -> MetricsLogger:
         """The logger of `stage/metrics.jsonl`, cut back to `resume_step`; TensorBoard too when asked for.

@@ -47,6 +47,11 @@ class Tokenizer:
         self.fingerprint: str = _fingerprint(backend)
         self._begins_with_space = _begins_with_space(backend)
 
+    @property
+    def begin(self) -> list[int]:
+        """What a document begins with: its one id, or none."""
+        return [] if self.bos_id is None else [self.bos_id]
+
     def encode(self, text: str) -> list[int]:
         """The ids of a text; a special token's name in it ("</s>") is encoded as the letters it is made of."""
         ids: list[int] = self._backend.encode(text, add_special_tokens=False, split_special_tokens=True)

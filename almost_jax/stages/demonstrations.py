@@ -144,15 +144,13 @@ def play(run: Run, name: str, n: int, scorer: RewardScorer | None) -> dict[str, 
     with RecordWriter(path, key=lambda record: record["query_id"]) as writer:
         if not writer.done <= set(expected):
             raise InputError(f"{path}.partial: was begun with other queries; delete it to start anew")
-        parts = [queries[start : start + chunk] for start in range(0, len(queries), chunk)]
-        torn = [part for part in parts if not all(query["id"] in writer.done for query in part)]
+        torn = [queries[places.start : places.stop] for places in writer.torn_groups(expected, chunk)]
         turns = _turns(config)
         played = len(queries) - sum(map(len, torn))
         with run.progress(f"{name}: turns", len(queries) * turns, played * turns) as progress:
             for part in torn:
                 for dialogue in play_chunk(part, assistant, user, n, config, scorer, evaluation, progress.advance):
-                    if dialogue.query_id not in writer.done:
-                        writer.write(demonstration_record(dialogue))
+                    writer.write_missing(demonstration_record(dialogue))
         writer.finish()
     for role, speaker in (("assistant", assistant), ("user", user)):
         if speaker.figures():

@@ -15,7 +15,7 @@ def text_tokens(tokenizer: Tokenizer, text: str) -> list[int]:
 
     The end of text is always the last token, so that even an empty response has a place where its score is read.
     """
-    return [*_bos(tokenizer), *tokenizer.encode(text.strip()), tokenizer.eos_id]
+    return [*tokenizer.begin, *tokenizer.encode(text.strip()), tokenizer.eos_id]
 
 
 def dialogue_tokens(tokenizer: Tokenizer, turns: Sequence[Turn]) -> list[int]:
@@ -33,7 +33,7 @@ def prompt_tokens(tokenizer: Tokenizer, turns: Sequence[Turn]) -> list[int]:
     Returns:
         Token ids, beginning of text first.
     """
-    tokens = _bos(tokenizer)
+    tokens = tokenizer.begin
     for opening, response in _exchanges(turns):
         if response is None:
             tokens += tokenizer.encode(opening)
@@ -53,7 +53,7 @@ def training_tokens(tokenizer: Tokenizer, turns: Sequence[Turn]) -> tuple[list[i
         Token ids, and for each of them whether it is a target: the assistant's words and the end of text behind each of
         its turns.
     """
-    tokens = _bos(tokenizer)
+    tokens = tokenizer.begin
     targets = [False] * len(tokens)
     for opening, response in _exchanges(turns):
         if response is None:
@@ -80,7 +80,3 @@ def _exchanges(turns: Sequence[Turn]) -> Iterator[tuple[str, str | None]]:
 
 def _closed(opening: str, response: str) -> str:
     return f"{opening} {response}" if response else opening
-
-
-def _bos(tokenizer: Tokenizer) -> list[int]:
-    return [] if tokenizer.bos_id is None else [tokenizer.bos_id]

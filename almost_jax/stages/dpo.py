@@ -171,16 +171,11 @@ def reference_logprobs(
     if not from_primary(path.exists):
         with RecordWriter(path, lambda record: str(record["pair"])) as writer:
             with run.progress(f"{NAME}: the reference's log-probs", len(pairs), len(writer.done)) as progress:
-                for first in range(0, len(pairs), batch_size):
-                    places = range(first, min(first + batch_size, len(pairs)))
-                    missing = [place for place in places if names[place] not in writer.done]
-                    if not missing:
-                        continue
-                    found = score([pairs[place] for place in places])
-                    for place in missing:
-                        chosen, rejected = (float(value) for value in found[place - first])
-                        writer.write({"pair": names[place], "chosen": chosen, "rejected": rejected})
-                    progress.advance(len(missing))
+                for places in writer.torn_groups(names, batch_size):
+                    found = score(pairs[places.start : places.stop])
+                    for place, (chosen, rejected) in zip(places, found.tolist(), strict=True):
+                        if writer.write_missing({"pair": names[place], "chosen": chosen, "rejected": rejected}):
+                            progress.advance()
             writer.finish()
     records = read_records(path)
     if [record["pair"] for record in records] != names:

@@ -68,7 +68,7 @@ class Responder:
             raise ValueError("a fine-tuned model knows only the assistant's turns; give demonstrations for the human's")
         self._stops = stop_strings(demonstrations_text) if self._vanilla else ()
         self._trim = self._vanilla and sampling.trim_unfinished
-        prefix = _bos(tokenizer) + tokenizer.encode(demonstrations_text) if self._vanilla else []
+        prefix = tokenizer.begin + tokenizer.encode(demonstrations_text) if self._vanilla else []
         self._positions, self._taken = model.config.max_position_embeddings, len(prefix) + sampling.max_new_tokens
         self._group = group_size(sampling)
         self._needs = f"few-shot prompt {len(prefix)} + max_new_tokens {sampling.max_new_tokens}"
@@ -257,7 +257,3 @@ def _tokens_of(tokenizer: Tokenizer, tokens: Sequence[int], text: str) -> int:
         else:
             low = middle + 1
     return low
-
-
-def _bos(tokenizer: Tokenizer) -> list[int]:
-    return [] if tokenizer.bos_id is None else [tokenizer.bos_id]

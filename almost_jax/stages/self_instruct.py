@@ -159,7 +159,7 @@ def _complete(
 ) -> list[list[Candidate]]:
     """One round: the requests parsed from every completion."""
     tokenizer = model.tokenizer
-    prefix = ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(HEADER)
+    prefix = tokenizer.begin + tokenizer.encode(HEADER)
     room = model.config.max_position_embeddings - len(prefix) - config.sampling.max_new_tokens
     requests, firsts = [], []
     for index in range(config.requests_per_round):

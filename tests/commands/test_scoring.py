@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib.util
+import io
 import json
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 
 from almost_jax.commands import scoring
 from almost_jax.core.heads import sequence_scores
@@ -17,6 +19,7 @@ from almost_jax.core.llama import LlamaConfig, Params, hidden_states, logits
 from almost_jax.errors import InputError
 from almost_jax.io.huggingface import save_llama
 from almost_jax.io.models import Model, save_model
+from almost_jax.io.progress import console_progress, stderr_progress
 from almost_jax.io.records import read_records, write_records
 
 _spec = importlib.util.spec_from_file_location("models_commands", Path(__file__).with_name("test_models_commands.py"))
@@ -91,11 +94,15 @@ def test_28_an_interrupted_file_goes_on_and_ends_the_same(tmp_path: Path, reward
     monkeypatch.setattr(scoring, "_BATCHES_AT_ONCE", 1)
     source, whole, out = tmp_path / "in.jsonl", tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
     write_records(source, LINES)
-    scoring.score_file(reward, source, whole, 2, True)
+    scoring.score_file(reward, source, whole, 2, True, stderr_progress)
     data = whole.read_bytes()
     for size in (0, 5, data.index(b"\n") + 1, data.index(b"\n") + 9, len(data)):
         (tmp_path / "out.jsonl.partial").write_bytes(data[:size])
-        scoring.score_file(reward, source, out, 2, True)
+        console = Console(file=io.StringIO())
+        scoring.score_file(reward, source, out, 2, True, functools.partial(console_progress, console))
+        shown = [line.split("  ")[0] for line in console.file.getvalue().splitlines()]
+        known = data[:size].count(b"\n")
+        assert shown == list(dict.fromkeys([f"scored: {known}/5", "scored: 5/5"]))
         again = read_records(out)
         assert [one["tokens"] for one in again] == [one["tokens"] for one in read_records(whole)]
         for one, other in zip(again, read_records(whole), strict=True):
@@ -112,7 +119,7 @@ def test_28_an_interrupted_file_goes_on_and_ends_the_same(tmp_path: Path, reward
         partial.write_bytes(b"".join(data.splitlines(keepends=True)[:3]))
         write_records(source, lines)
         with pytest.raises(InputError, match=said):
-            scoring.score_file(model, source, out, 2, True)
+            scoring.score_file(model, source, out, 2, True, stderr_progress)
         assert not out.exists()
 
 
@@ -124,7 +131,7 @@ def test_05_a_mesh_of_eight_scores_as_one_device_does(tmp_path: Path, capsys, re
         given = ("--model", tmp_path / "model", "--input", tmp_path / "in.jsonl", "--out", tmp_path / name)
         assert command(capsys, "score", *given, "--batch-size", 3, *mesh)[0] == 0
         found.append(read_records(tmp_path / name))
-    scoring.score_file(reward, tmp_path / "in.jsonl", tmp_path / "one", 2, True)
+    scoring.score_file(reward, tmp_path / "in.jsonl", tmp_path / "one", 2, True, stderr_progress)
     for records in found:
         for record, alone in zip(records, read_records(tmp_path / "one"), strict=True):
             assert record["tokens"] == alone["tokens"]
@@ -187,5 +194,5 @@ def test_bad_lines_are_named(tmp_path: Path, line: str, said: str):
     source = tmp_path / "in.jsonl"
     source.write_text(f'{{"prompt": "w3", "completion": "w4"}}\n{line}\n')
     with pytest.raises(InputError) as caught:
-        scoring.score_file(make_model(), source, tmp_path / "out.jsonl", 2, True)
+        scoring.score_file(make_model(), source, tmp_path / "out.jsonl", 2, True, stderr_progress)
     assert said in str(caught.value) and str(source) in str(caught.value) and not (tmp_path / "out.jsonl").exists()

@@ -1,6 +1,8 @@
 """HHH and TruthfulQA by a model: prompts, what decides, reward models, resuming, and the harness's own numbers."""
 
 import dataclasses
+import functools
+import io
 import json
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import datasets
 import jax
 import numpy as np
 import pytest
+from rich.console import Console
 
 from almost_jax import cli
 from almost_jax.commands.places import one_device
@@ -15,6 +18,7 @@ from almost_jax.errors import InputError
 from almost_jax.evaluation import choices, hhh, truthfulqa
 from almost_jax.evaluation.benchmarks import BENCHMARKS, evaluate
 from almost_jax.io.models import Model, load_model, model_digest
+from almost_jax.io.progress import console_progress, stderr_progress
 from almost_jax.sampling.scoring import completion_logprobs
 from almost_jax.stages.reward import RewardScorer
 
@@ -164,11 +168,11 @@ def test_a_prompt_too_long_loses_its_beginning():
 
 
 def test_28_an_interrupted_evaluation_goes_on_and_ends_with_the_same_bytes(
-    policy: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    policy: Model, tmp_path: Path
 ):
     one = dataclasses.replace(BENCHMARKS["hhh"], group=1)
     whole, torn = tmp_path / "whole.json", tmp_path / "torn.json"
-    evaluate(one, policy, COMPARISONS, 2, whole, lambda done, total: None)
+    evaluate(one, policy, COMPARISONS, 2, whole, stderr_progress)
     assert [path.name for path in tmp_path.iterdir()] == ["whole.json"]
     asked: list[str] = []
 
@@ -176,15 +180,19 @@ def test_28_an_interrupted_evaluation_goes_on_and_ends_with_the_same_bytes(
         asked.append(group[0]["input"])
         return hhh.judge(model, group, batch_size)
 
-    def stop(done: int, total: int) -> None:
-        if done == 2:
+    def stop(model, group, batch_size):
+        if len(asked) == 2:
             raise KeyboardInterrupt
+        return judge(model, group, batch_size)
 
-    watched = dataclasses.replace(one, judge=judge)
     with pytest.raises(KeyboardInterrupt):
-        evaluate(watched, policy, COMPARISONS, 2, torn, stop)
+        evaluate(dataclasses.replace(one, judge=stop), policy, COMPARISONS, 2, torn, stderr_progress)
     assert not torn.exists() and len(asked) == 2
-    evaluate(watched, policy, COMPARISONS, 2, torn, lambda done, total: None)
+    console = Console(file=io.StringIO())
+    show = functools.partial(console_progress, console)
+    evaluate(dataclasses.replace(one, judge=judge), policy, COMPARISONS, 2, torn, show)
+    shown = console.file.getvalue().splitlines()
+    assert [line.split("  ")[0] for line in shown] == [f"hhh: {policy.name}: {done}/3" for done in (2, 3)]
     assert torn.read_bytes() == whole.read_bytes() and len(asked) == 3
     other = dataclasses.replace(policy, params=jax.tree.map(lambda leaf: leaf * 1.01, policy.params))
     assert model_digest(other) != model_digest(policy)

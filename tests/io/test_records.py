@@ -182,6 +182,26 @@ def test_28_a_writer_killed_at_any_byte_resumes_to_the_same_bytes(tmp_path: Path
         path.unlink()
 
 
+def test_28_a_group_is_torn_until_all_of_it_is_written(tmp_path: Path):
+    path, keys = tmp_path / "records.jsonl", list("abcdefg")
+    with RecordWriter(path, key) as writer:
+        for name in "abcd":
+            assert writer.write_missing({"id": name})
+    with RecordWriter(path, key) as writer:
+        assert list(writer.torn_groups(keys, 3)) == [range(3, 6), range(6, 7)]
+        torn = []
+        for places in writer.torn_groups(keys, 3):
+            torn.append(places)
+            assert [writer.write_missing({"id": keys[place], "again": True}) for place in places] == [
+                keys[place] != "d" for place in places
+            ]
+        assert torn == [range(3, 6), range(6, 7)] and list(writer.torn_groups(keys, 3)) == []
+        writer.finish()
+    assert [(record["id"], "again" in record) for record in read_records(path)] == [
+        (name, name in "efg") for name in keys
+    ]
+
+
 def test_28_what_was_written_survives_a_killed_process(tmp_path: Path):
     path = tmp_path / "records.jsonl"
     code = (

@@ -13,7 +13,9 @@ from almost_jax.config import MeshConfig
 from almost_jax.core.partitioning import make_mesh
 from almost_jax.errors import InputError
 from almost_jax.experiments import load_experiment
+from almost_jax.io import progress as progress_module
 from almost_jax.io import run as run_module
+from almost_jax.io.progress import console_progress
 from almost_jax.io.run import Run
 
 
@@ -76,7 +78,7 @@ def test_progress_in_a_log_file_is_lines_that_start_where_the_stage_resumed(
     micro_experiment: Path, stream: io.StringIO, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = [1000.0]
-    monkeypatch.setattr(run_module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(progress_module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     with make_run(micro_experiment, stream).progress("[bold]responses", 40, 10) as progress:
         for _ in range(15):
             clock[0] += 4.0
@@ -86,6 +88,19 @@ def test_progress_in_a_log_file_is_lines_that_start_where_the_stage_resumed(
     assert [line.split()[1] for line in lines] == ["10/40", "16/40", "22/40", "28/40", "34/40", "40/40"]
     assert lines[1] == "[bold]responses: 16/40  2.0 s each  0:48 left  loss 1.235"
     assert lines[-1] == "[bold]responses: 40/40  2.0 s each  in 1:00  loss 1.235"
+
+
+@pytest.mark.parametrize(("steps", "said"), [(2, []), (3, ["16/40"]), (4, ["16/40", "18/40"])])
+def test_a_command_says_how_far_it_is_when_it_takes_long(
+    steps: int, said: list[str], stream: io.StringIO, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr(progress_module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    with console_progress(Console(file=stream), "samples", 40, 10, at_once=False) as progress:
+        for _ in range(steps):
+            clock[0] += 4.0
+            progress.advance(2)
+    assert [line.split()[1] for line in stream.getvalue().splitlines()] == said
 
 
 def test_progress_says_nothing_more_when_nothing_was_left_to_do(micro_experiment: Path, stream: io.StringIO) -> None:
