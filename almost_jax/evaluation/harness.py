@@ -27,7 +27,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from almost_jax.config import MeshConfig, SamplingConfig
-from almost_jax.core.partitioning import make_mesh
+from almost_jax.core.partitioning import make_mesh, whole_rows
 from almost_jax.errors import InputError
 from almost_jax.evaluation.choices import MULTIPLE, exact, fit
 from almost_jax.io.models import load_model
@@ -89,8 +89,7 @@ class AlmostJax(TemplateLM):
         self.max_length = int(max_length or self._loaded.config.max_position_embeddings)
         self._prefix, self._seed = prefix_token_id, seed
         wanted = _AUTO_BATCH if str(batch_size).startswith("auto") else int(batch_size)
-        rows = self._mesh.shape["data"] * self._mesh.shape["fsdp"]
-        self.batch_size = -(-wanted // rows) * rows
+        self.batch_size = whole_rows(self._mesh, wanted)
 
     @property
     def eot_token_id(self) -> int:

@@ -19,6 +19,7 @@ from almost_jax.core.partitioning import (
     partition_spec,
     replicated,
     shardings,
+    whole_rows,
 )
 from almost_jax.core.train import Batch, init_state, make_train_step
 
@@ -27,6 +28,11 @@ MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (1, 2, 4), (4, 1, 2)]
 
 def mesh_of(sizes: tuple[int, int, int]) -> Mesh:
     return make_mesh(MeshConfig(data=sizes[0], fsdp=sizes[1], tensor=sizes[2]))
+
+
+@pytest.mark.parametrize(("sizes", "rows"), [((8, 1, 1), [8, 8, 16]), ((1, 1, 8), [1, 8, 9]), ((2, 2, 2), [4, 8, 12])])
+def test_rows_are_as_many_for_every_device_that_splits_them(sizes: tuple[int, int, int], rows: list[int]) -> None:
+    assert [whole_rows(mesh_of(sizes), count) for count in (1, 8, 9)] == rows
 
 
 def loss_sums(config: LlamaConfig) -> Callable[[Params, Batch], losses.LossTerms]:
