@@ -220,6 +220,17 @@ class TrainingConfig(Section):
         return self
 
 
+def check_packed_length(length: int, texts: int, what: str, training: TrainingConfig) -> None:
+    """Refuse rows that can't hold `texts` texts of the longest; 0 is no packing."""
+    longest = texts * training.max_length
+    if 0 < length < longest:
+        raise wrong(
+            "packed_length",
+            f"rows of {length} can't hold {what} of training.max_length {training.max_length}; give {longest} tokens "
+            "or more, or 0 for rows of their own",
+        )
+
+
 class DpoTrainingConfig(TrainingConfig):
     """`TrainingConfig` from a fine-tuned policy on."""
 
@@ -333,14 +344,21 @@ class AsIsRewardConfig(Section):
     """The reward model trained on community votes.
 
     `votes` is `microworld`, a jsonl file of chosen/rejected, `hub:NAME` for a data set of questions with voted answers
-    (or of chosen/rejected) that the `datasets` library finds, or `none` for no such model.
+    (or of chosen/rejected) that the `datasets` library finds, or `none` for no such model. `packed_length`: see
+    `RewardConfig`.
     """
 
     model: Text = "small"
     votes: Text = "none"
     pairs: PositiveInt = 20000
     held_out: NonNegativeInt = 500
+    packed_length: NonNegativeInt = 0
     training: TrainingConfig = TrainingConfig()
+
+    @model_validator(mode="after")
+    def _holds_the_longest(self) -> "AsIsRewardConfig":
+        check_packed_length(self.packed_length, 2, "pairs of texts", self.training)
+        return self
 
 
 class JudgeConfig(Section):
@@ -374,14 +392,25 @@ class AuditConfig(Section):
 
 
 class RewardConfig(Section):
-    """The pairwise reward model (paper stage 1). `margin` and `centering` (0 is the paper's loss) are options."""
+    """The pairwise reward model (paper stage 1). `margin` and `centering` (0 is the paper's loss) are options.
+
+    `packed_length` packs each batch's pairs into rows of so many tokens, in which none sees another and what both
+    texts of a pair begin with stands once: a step learns from the same pairs with less padding and fewer tokens, and
+    the less the shorter the rows and the fewer micro-batches. 0 gives each text a row of its own.
+    """
 
     model: Text = "small"
     margin: NonNegative = 0.0
     centering: NonNegative = 0.0
     held_out: NonNegativeInt = 500
     reference_samples: Annotated[int, Field(ge=2, strict=True)] = 512
+    packed_length: NonNegativeInt = 0
     training: TrainingConfig = TrainingConfig()
+
+    @model_validator(mode="after")
+    def _holds_the_longest(self) -> "RewardConfig":
+        check_packed_length(self.packed_length, 2, "pairs of texts", self.training)
+        return self
 
 
 class RewardAblationConfig(Section):
@@ -431,12 +460,7 @@ class SftConfig(Section):
 
     @model_validator(mode="after")
     def _holds_the_longest(self) -> "SftConfig":
-        if 0 < self.packed_length < self.training.max_length:
-            raise wrong(
-                "packed_length",
-                f"rows of {self.packed_length} can't hold demonstrations of training.max_length "
-                f"{self.training.max_length}; give as many tokens or more, or 0 for rows of their own",
-            )
+        check_packed_length(self.packed_length, 1, "demonstrations", self.training)
         return self
 
 

@@ -154,8 +154,9 @@ def test_batches_that_the_mesh_cannot_split_are_refused_before_any_stage(
     assert bench.ran == []
     # Until the stage in question, and packed, whose rows are made to fit, there is nothing to refuse.
     bench(overrides, until="queries")
-    if expected.startswith("sft"):
-        bench([*overrides, "sft.packed_length=512"])
+    section = expected.split(".")[0]
+    if section in ("sft", "reward", "as_is_reward"):
+        bench([*overrides, f"{section}.packed_length=512"])
 
 
 def test_batches_of_stages_that_are_done_are_not_looked_at(bench: Bench) -> None:

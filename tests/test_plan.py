@@ -4,23 +4,27 @@ import dataclasses
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from almost_jax.config import MeshConfig
+from almost_jax.core.llama import LlamaConfig
 from almost_jax.core.partitioning import make_mesh
 from almost_jax.errors import InputError
 from almost_jax.experiments import load_experiment
 from almost_jax.io.models import load_model, save_model
+from almost_jax.plan import programs
 from almost_jax.plan.flops import count_flops
 from almost_jax.plan.hlo import collectives
-from almost_jax.plan.programs import program_names, samples
+from almost_jax.plan.programs import build, program_names, samples
 from almost_jax.plan.reads import read_bytes
 from almost_jax.plan.shapes import HUB, model_shape
 from almost_jax.plan.topologies import parse_topology
 from almost_jax.plan.worker import examine
+from almost_jax.stages.pair_rows import PackedRows
 
 NO_LIBTPU = importlib.util.find_spec("libtpu") is None
 
@@ -154,6 +158,30 @@ def test_every_program_of_an_experiment_has_a_name(experiments_folder: Path) -> 
 def test_programs_that_sample_run_on_the_mesh_for_sampling(experiments_folder: Path) -> None:
     names = program_names(load_experiment(experiments_folder / "almost_small.yaml", []))
     assert [name for name in names if not samples(name)] == ["sft_step", "reward_step", "ppo_update", "ppo_judge"]
+
+
+def splash_shape(config: LlamaConfig, *_: Any) -> LlamaConfig:
+    """What `training_shape` gives on a TPU."""
+    return dataclasses.replace(config, attention="splash")
+
+
+def test_packed_pairs_are_planned_as_they_are_made(experiments_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    overrides = ["reward.packed_length=384", "reward.training.micro_batches=3", "reward.training.batch_size=63"]
+    config = load_experiment(experiments_folder / "microworld.yaml", overrides)
+    mesh = make_mesh(MeshConfig(data=2), jax.devices()[:2])
+    with jax.set_mesh(mesh):
+        program = build(config, mesh, "reward_step")
+        planned = program.arguments[1]
+        assert planned["tokens"].shape == (36, 384), "63 pairs of texts of up to 96 tokens, in 3 x 2 parts"
+        assert "reward.packed_length" in program.knobs
+        state, _ = jax.eval_shape(program.function, *program.arguments)
+    assert state.params["score"]["kernel"].shape == (64,)
+    made = PackedRows(36, 2, 384, True).batch([([1] * 96, [2] * 96)] * 63, 0)
+    assert {name: (array.shape, array.dtype) for name, array in made.items()} == {
+        name: (leaf.shape, leaf.dtype) for name, leaf in planned.items()
+    }
+    monkeypatch.setattr(programs, "training_shape", splash_shape)
+    assert set(build(config, mesh, "reward_step").arguments[1]) == set(planned) - {"seen_ids"}
 
 
 @pytest.mark.slow

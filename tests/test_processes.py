@@ -78,6 +78,7 @@ class Processes:
         environment = {
             **os.environ,
             "JAX_PLATFORMS": "cpu",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={self.devices // processes}",
             "XDG_CACHE_HOME": str(CACHE),
             "PYTHONPATH": str(ROOT),

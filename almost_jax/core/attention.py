@@ -234,12 +234,13 @@ def _causal_backward(kept: Any, gradient: Array) -> tuple[Array, Array, Array, N
 _by_blocks.defvjp(_causal_forward, _causal_backward)
 
 
-def causal_mask(positions: Array, segment_ids: Array | None = None) -> Array:
+def causal_mask(positions: Array, segment_ids: Array | None = None, seen_ids: Array | None = None) -> Array:
     """Which of a row's own tokens each of them may see: itself and what came before, in its own segment.
 
     Args:
         positions: [B, T] positions within the row, or within the segment when rows are packed.
         segment_ids: [B, T], equal within a packed example; None when a row is one example.
+        seen_ids: [B, T], with `segment_ids`: one more segment of which a token sees what came before.
 
     Returns:
         [B, T, T] bool.
@@ -248,7 +249,10 @@ def causal_mask(positions: Array, segment_ids: Array | None = None) -> Array:
     order = jnp.arange(length)
     mask = jnp.broadcast_to((order[:, None] >= order[None, :])[None], (positions.shape[0], length, length))
     if segment_ids is not None:
-        mask = mask & (segment_ids[:, :, None] == segment_ids[:, None, :])
+        seen = segment_ids[:, :, None] == segment_ids[:, None, :]
+        if seen_ids is not None:
+            seen = seen | (seen_ids[:, :, None] == segment_ids[:, None, :])
+        mask = mask & seen
     return mask
 
 

@@ -231,6 +231,7 @@ def hidden_states(
     prefix: Prefix | None = None,
     positions: Array | None = None,
     segment_ids: Array | None = None,
+    seen_ids: Array | None = None,
 ) -> Array:
     """The full forward pass of rows that stand alone (training, scoring).
 
@@ -241,11 +242,20 @@ def hidden_states(
         tokens: [B, T] int32.
         prefix: what all rows saw before their first token.
         positions: [B, T] absolute positions, below P + T; counted from the prefix's end when None.
-        segment_ids: [B, T] for packed rows: tokens see their own segment only.
+        segment_ids: [B, T] for packed rows: tokens see their own segment only, and what `seen_ids` names.
+        seen_ids: [B, T], with `segment_ids`: another segment that a token sees, as far as it stands before it.
 
     Returns:
         [B, T, D] after the last norm.
+
+    Raises:
+        ValueError: splash attention, whose kernel knows of segments alone, is given `seen_ids`, or these come without
+            `segment_ids`.
     """
+    if seen_ids is not None and segment_ids is None:
+        raise ValueError("seen_ids name segments, so segment_ids must be given too")
+    if config.attention == "splash" and seen_ids is not None:
+        raise ValueError("splash attention can't let a token see another segment; give each text its own tokens")
     shared, offset = _shared(prefix)
     counted = positions is None
     if positions is None:
@@ -255,7 +265,7 @@ def hidden_states(
     elif config.attention == "blocks" and prefix is None and segment_ids is None:
         mask = None
     else:
-        mask = causal_mask(positions, segment_ids)
+        mask = causal_mask(positions, segment_ids, seen_ids)
     where: Any = positions
     if platform() == "cpu":
         cos, sin = _table(config, offset + tokens.shape[1])

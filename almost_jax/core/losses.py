@@ -5,6 +5,7 @@ Everything that feeds a gradient comes as a sum and a count (`LossTerms`), so th
 reaches a sum, which it would if it were multiplied by 0.
 """
 
+import functools
 from typing import TypeAlias
 
 import jax
@@ -206,13 +207,16 @@ def pairwise_accuracy(chosen: Array, rejected: Array) -> Array:
     return 0.5 + 0.5 * jnp.sign(difference)
 
 
-def pairwise_sums(chosen: Array, rejected: Array, margin: float, centering: float) -> LossTerms:
+def pairwise_sums(
+    chosen: Array, rejected: Array, margin: float, centering: float, present: Array | None = None
+) -> LossTerms:
     """The reward model's loss over a batch of pairs: ranking loss + centering x centering penalty.
 
     Args:
-        chosen, rejected: [B] scores.
+        chosen, rejected: [B] scores, or of any other shape.
         margin: see `pairwise_ranking_loss`.
         centering: weight of `centering_penalty`; 0 is the paper's loss.
+        present: bool of that shape, where there is a pair; None: everywhere.
 
     Returns:
         Sum of losses, number of pairs, and the metrics `accuracy`, `margin` (chosen - rejected) and `score` (mean of
@@ -220,13 +224,14 @@ def pairwise_sums(chosen: Array, rejected: Array, margin: float, centering: floa
     """
     chosen, rejected = chosen.astype(jnp.float32), rejected.astype(jnp.float32)
     loss = pairwise_ranking_loss(chosen, rejected, margin) + centering * centering_penalty(chosen, rejected)
-    pairs = jnp.float32(chosen.shape[0])
+    pairs = jnp.float32(chosen.size) if present is None else count(present)
     metrics = {
         "accuracy": pairwise_accuracy(chosen, rejected),
         "margin": chosen - rejected,
         "score": 0.5 * (chosen + rejected),
     }
-    return loss.sum(), (pairs, {name: (values.sum(), pairs) for name, values in metrics.items()})
+    total = jnp.sum if present is None else functools.partial(jnp.sum, where=present)
+    return total(loss), (pairs, {name: (total(values), pairs) for name, values in metrics.items()})
 
 
 def _tempered(logits: Array, temperature: float) -> Array:

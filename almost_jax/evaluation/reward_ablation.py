@@ -93,6 +93,7 @@ def run_stage(run: Run) -> dict[str, Any]:
             margin=config.margin,
             centering=config.centering,
             training=config.training,
+            packed_length=config.packed_length,
             steps=steps,
             seeds=NAME,
         )

@@ -34,7 +34,7 @@ from almost_jax.sampling.rules import SamplingRules, draw
 from almost_jax.sampling.scoring import _sequence_scores
 from almost_jax.stages.actors import training_players
 from almost_jax.stages.execution import judging_shape, training_shape, training_shardings, training_spread
-from almost_jax.stages.reward import pair_loss_sums
+from almost_jax.stages.pair_rows import pair_loss_sums
 from almost_jax.stages.rollouts import Experience, Players, judge
 from almost_jax.stages.sft import sft_loss_sums
 from almost_jax.stages.updates import PpoState, make_optimizers, make_update
@@ -157,6 +157,8 @@ def _supervised(
     )
     section = "sft" if name == "sft_step" else "reward"
     knobs = tuple(f"{section}.training.{key}" for key in ("micro_batches", "batch_size", "max_length"))
+    if "segment_ids" in batch:
+        knobs += (f"{section}.packed_length",)
     return Program(
         name, step, (state, batch), device_bytes(state.params), device_bytes(state.opt_state), 0,
         (*knobs, "mesh.remat", "mesh.explicit", "mesh.fsdp"),
@@ -178,10 +180,26 @@ def _sft_step(config: ExperimentConfig, mesh: Mesh) -> Program:
 
 def _reward_step(config: ExperimentConfig, mesh: Mesh) -> Program:
     settings, training = config.reward, config.reward.training
-    shape = (training.batch_size, 2, training.max_length)
-    batch = {"tokens": _rows(mesh, shape, jnp.int32), "lengths": _rows(mesh, shape[:2], jnp.int32)}
+    if settings.packed_length:
+        batch = _packed_pairs(config, mesh, settings.packed_length)
+    else:
+        shape = (training.batch_size, 2, training.max_length)
+        batch = {"tokens": _rows(mesh, shape, jnp.int32), "lengths": _rows(mesh, shape[:2], jnp.int32)}
     loss = functools.partial(pair_loss_sums, margin=settings.margin, centering=settings.centering)
     return _supervised(config, mesh, "reward_step", settings.model, training, True, loss, batch)
+
+
+def _packed_pairs(config: ExperimentConfig, mesh: Mesh, length: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """What `PackedRows.batch` makes of pairs of the longest texts that begin with nothing alike."""
+    training = config.reward.training
+    fitting, split = length // (2 * training.max_length), training.micro_batches * row_parts(mesh)
+    rows = -(-training.batch_size // (fitting * split)) * split
+    names = ["tokens", "positions", "segment_ids"]
+    if training_shape(_shape(config, config.reward.model), config.mesh, mesh).attention != "splash":
+        names.append("seen_ids")
+    return {name: _rows(mesh, (rows, length), jnp.int32) for name in names} | {
+        "ends": _rows(mesh, (rows, fitting, 2), jnp.int32), "present": _rows(mesh, (rows, fitting), jnp.bool_)
+    }  # fmt: skip
 
 
 def _ppo_update(config: ExperimentConfig, mesh: Mesh) -> Program:

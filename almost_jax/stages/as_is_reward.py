@@ -45,6 +45,7 @@ def run_stage(run: Run) -> dict[str, Any]:
         margin=0.0,
         centering=0.0,
         training=config.training,
+        packed_length=config.packed_length,
     )
 
 

@@ -15,16 +15,14 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax import Array
 
 from almost_jax.config import TrainingConfig
-from almost_jax.core.heads import add_head, sequence_scores
-from almost_jax.core.llama import LlamaConfig, Params
-from almost_jax.core.losses import LossTerms, pairwise_sums
-from almost_jax.core.partitioning import platform, replicated
-from almost_jax.core.train import Batch, make_optimizer, make_train_step
+from almost_jax.core.heads import add_head
+from almost_jax.core.llama import Params
+from almost_jax.core.partitioning import platform, replicated, row_parts
+from almost_jax.core.train import make_optimizer, make_train_step
 from almost_jax.errors import InputError
-from almost_jax.io.batches import batch_indices, epoch_order, pad
+from almost_jax.io.batches import batch_indices, epoch_order
 from almost_jax.io.models import Model, load_model, save_model
 from almost_jax.io.records import iter_records, read_records, write_bytes
 from almost_jax.io.run import Run
@@ -35,6 +33,7 @@ from almost_jax.stages.dialogues import dialogue_tokens, text_tokens
 from almost_jax.stages.execution import judging_shape, placed_for_training, training_shape, training_spread
 from almost_jax.stages.filters import count_verdicts
 from almost_jax.stages.pair_figures import logged_figures, pair_figures
+from almost_jax.stages.pair_rows import PairTokens, packed_rows, pair_batch, pair_loss_sums
 from almost_jax.stages.templates import Turn, render
 from almost_jax.stages.training import (
     LENGTH_MULTIPLE,
@@ -139,6 +138,7 @@ def run_stage(run: Run) -> dict[str, Any]:
         margin=config.margin,
         centering=config.centering,
         training=config.training,
+        packed_length=config.packed_length,
     )
 
 
@@ -228,6 +228,7 @@ def train_reward_model(
     margin: float,
     centering: float,
     training: TrainingConfig,
+    packed_length: int,
     steps: int | None = None,
     seeds: str | None = None,
 ) -> dict[str, Any]:
@@ -242,6 +243,7 @@ def train_reward_model(
         reference_samples: how many texts of the training pairs the scores are normalised on.
         margin, centering: options of the loss, see `core.losses.pairwise_sums`; 0 is the paper's.
         training: epochs, batch size, optimizer.
+        packed_length: of the rows that a batch's pairs are packed into; 0 gives each text a row of its own.
         steps: of training, instead of `training.epochs`.
         seeds: the name whose seeds split, head, batches and reference are drawn from, instead of the stage's.
 
@@ -260,10 +262,29 @@ def train_reward_model(
     length = fixed_length(longest)
     batches_seed, batch_size = run.seed(f"{seeds}/batches"), training.batch_size
     settings, mesh = run.config.mesh, run.mesh
+    total_steps = steps or count_steps(training, len(train))
+    shape = training_shape(source.config, settings, mesh)
+
+    def pairs_at(step: int) -> list[PairTokens]:
+        chosen = [train[index] for index in batch_indices(step, batch_size, len(train), batches_seed)]
+        return [(rows[pair.chosen], rows[pair.rejected]) for pair in chosen]
+
+    if packed_length:
+        # A number of rows that every device and every micro-batch can have its share of.
+        split = training.micro_batches * row_parts(mesh)
+        packed = packed_rows(pairs_at, total_steps, packed_length, split, shape.attention != "splash")
+        run.say(f"{name}: {batch_size} pairs in {packed.rows} rows of {packed_length} tokens a step")
+        spent, unpacked = packed.rows * packed_length, 2 * batch_size * length
+        if spent > unpacked:
+            run.say(
+                f"{name}: warning: that is {spent} places, more than the {unpacked} of a row for each text; give "
+                "shorter rows, fewer micro-batches or packed_length 0"
+            )
 
     def batch_at(step: int) -> dict[str, np.ndarray]:
-        chosen = [train[index] for index in batch_indices(step, batch_size, len(train), batches_seed)]
-        return pair_batch([(rows[pair.chosen], rows[pair.rejected]) for pair in chosen], length, tokenizer.pad_id)
+        if packed_length:
+            return packed.batch(pairs_at(step), tokenizer.pad_id)
+        return pair_batch(pairs_at(step), length, tokenizer.pad_id)
 
     def scores(params: Params, texts: Sequence[str]) -> np.ndarray:
         if not texts:
@@ -290,9 +311,7 @@ def train_reward_model(
             run.say(f"{name}: warning: {length_warning(found)}")
         return logged_figures(found)
 
-    total_steps = steps or count_steps(training, len(train))
     optimizer = make_optimizer(training.optimizer, total_steps)
-    shape = training_shape(source.config, settings, mesh)
     loss_sums = functools.partial(pair_loss_sums, config=shape, margin=margin, centering=centering)
     with jax.set_mesh(mesh):
         params = start_params(source, run.seed(f"{seeds}/head"), mesh)
@@ -323,6 +342,9 @@ def train_reward_model(
         "reward_std": std,
         **_held_out_figures(test, chosen - rejected, std),
     }
+    if packed_length:
+        # The share of what the packed steps compute on that is no padding.
+        summary["fill"] = sum(packed.tokens(pairs_at(step)) for step in range(total_steps)) / (total_steps * spent)
     write_bytes(run.path(name, "evaluation.json"), (json.dumps(summary, indent=1) + "\n").encode())
     return summary
 
@@ -335,34 +357,6 @@ def start_params(source: Model, seed: int, mesh: jax.sharding.Mesh) -> Params:
     stddev = (source.config.hidden_size + 1) ** -0.5
     params = add_head(source.params, source.config, jax.random.key(seed), stddev)
     return {**params, "score": jax.device_put(params["score"], replicated(mesh))}
-
-
-def pair_batch(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], length: int, pad_id: int) -> dict[str, np.ndarray]:
-    """Pairs of token rows as arrays: tokens [B, 2, T] int32 and lengths [B, 2] int32, chosen before rejected."""
-    tokens, lengths = pad([row for pair in pairs for row in pair], length, pad_id)
-    return {"tokens": tokens.reshape(len(pairs), 2, length), "lengths": lengths.reshape(len(pairs), 2)}
-
-
-def pair_loss_sums(
-    params: Params, batch: Batch, *, config: LlamaConfig, margin: float, centering: float
-) -> LossTerms:
-    """The ranking loss of a batch of pairs, both texts of a pair in one forward pass of 2B rows.
-
-    Args:
-        params: a tree with a head.
-        batch: from `pair_batch`.
-        config: the model's shape.
-        margin, centering: see `core.losses.pairwise_sums`.
-
-    Returns:
-        Sum of losses, number of pairs, metrics.
-    """
-    batch_size, _, length = batch["tokens"].shape
-    flat, config = decode_layout(params, config, platform())
-    scores: Array = sequence_scores(
-        flat, config, batch["tokens"].reshape(2 * batch_size, length), batch["lengths"].reshape(2 * batch_size)
-    ).reshape(batch_size, 2)
-    return pairwise_sums(scores[:, 0], scores[:, 1], margin, centering)
 
 
 def reference_texts(train: Sequence[Pair], count: int, seed: int) -> list[str]:

@@ -98,11 +98,13 @@ def _trainings(
     config: ExperimentConfig, stages: Collection[str]
 ) -> Iterator[tuple[str, TrainingConfig | PpoConfig]]:
     """(dotted key, settings) of every training of these stages whose batches are of `batch_size` rows."""
-    if "as_is_reward" in stages and config.as_is_reward.votes != "none":
-        yield "as_is_reward.training", config.as_is_reward.training
-    if "reward" in stages or ("reward_ablation" in stages and config.reward_ablation is not None):
-        yield "reward.training", config.reward.training
     # Packed, there are as many rows as the mesh can split.
+    as_is, reward = config.as_is_reward, config.reward
+    if "as_is_reward" in stages and as_is.votes != "none" and not as_is.packed_length:
+        yield "as_is_reward.training", as_is.training
+    rewarded = "reward" in stages or ("reward_ablation" in stages and config.reward_ablation is not None)
+    if rewarded and not reward.packed_length:
+        yield "reward.training", reward.training
     if "sft" in stages and not config.sft.packed_length:
         yield "sft.training", config.sft.training
     if "dpo" in stages and config.dpo is not None:

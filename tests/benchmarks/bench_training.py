@@ -1,4 +1,4 @@
-"""Training on SmolLM2-135M: SFT step, reward model step and a whole PPO iteration, ours against peers.
+"""Training on SmolLM2-135M: SFT step, reward model steps and a whole PPO iteration, ours against peers.
 
     make bench
     .venv/bin/python tests/benchmarks/bench_training.py [--workloads sft] [--cores 2] [--dtype bfloat16] [--quick]
@@ -17,7 +17,7 @@ from harness import MODEL, WORK, facts, fresh_work_folder, options, run_worker, 
 from plots import plot_training
 from training_tasks import TASKS, sizes
 
-PEERS = {"torch": ("sft", "reward"), "tunix": ("sft", "reward", "ppo")}
+PEERS = {"torch": ("sft", "reward", "pairs"), "tunix": ("sft", "reward", "pairs", "ppo")}
 GOALS = {"sft": 1.25, "reward": 1.25, "ppo": 1.5}
 # Losses before the first update may differ by rounding.
 LOSS_TOLERANCE = {"float32": 1e-3, "bfloat16": 1e-2}
@@ -65,7 +65,7 @@ def measure(base: dict[str, Any], task: str, cores: int, ours_only: bool) -> dic
     others = {name: value for name, value in seconds.items() if name != "ours"}
     if others:
         best = min(others, key=others.__getitem__)
-        found |= {"ratio_to": best, "ratio": others[best] / seconds["ours"], "goal": GOALS[task]}
+        found |= {"ratio_to": best, "ratio": others[best] / seconds["ours"], "goal": GOALS.get(task)}
     return found
 
 
@@ -75,7 +75,8 @@ def show(task: str, found: dict[str, Any]) -> None:
         f"{name} {seconds:.2f} s ({found['engines'][name]['peak_gb']:.1f} GB)"
         for name, seconds in found["seconds"].items()
     )
-    ratio = f"; {found['ratio']:.2f} x {found['ratio_to']} (goal {found['goal']})" if "ratio" in found else ""
+    goal = f" (goal {found['goal']})" if found.get("goal") else ""
+    ratio = f"; {found['ratio']:.2f} x {found['ratio_to']}{goal}" if "ratio" in found else ""
     say(f"  {task:8} {told}{ratio}")
     phases = found["engines"]["ours"].get("phases")
     if phases:

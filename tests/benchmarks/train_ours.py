@@ -16,7 +16,21 @@ import jax.numpy as jnp
 import numpy as np
 from harness import ROOT, serve
 from rich.console import Console
-from training_tasks import B1, B2, EPS, HEAD_STDDEV, LEARNING_RATE, MAX_GRAD_NORM, WEIGHT_DECAY, head, sizes, windows
+from training_tasks import (
+    B1,
+    B2,
+    DRAWS,
+    EPS,
+    HEAD_STDDEV,
+    LEARNING_RATE,
+    MAX_GRAD_NORM,
+    PACKED_LENGTH,
+    WEIGHT_DECAY,
+    head,
+    rewarded,
+    sizes,
+    windows,
+)
 
 from almost_jax.config import MeshConfig, OptimizerConfig
 from almost_jax.core.partitioning import make_mesh
@@ -27,7 +41,7 @@ from almost_jax.io.records import read_records, write_records
 from almost_jax.io.run import Run
 from almost_jax.stages import rlsf
 from almost_jax.stages.execution import training_shape
-from almost_jax.stages.reward import pair_loss_sums
+from almost_jax.stages.pair_rows import packed_rows, pair_batch, pair_loss_sums
 from almost_jax.stages.sft import sft_loss_sums
 from almost_jax.stages.training import fresh_state, place_batch, shardings_of
 
@@ -68,8 +82,15 @@ def supervised(spec: dict[str, Any]) -> dict[str, Any]:
         loss_sums: Callable[..., Any] = functools.partial(sft_loss_sums, config=shape, z_loss=0.0)
         params = model.params
     else:
-        tokens = windows(text, 2 * size.rows, size.tokens).reshape(2, size.rows, size.tokens).swapaxes(0, 1)
-        batch = {"tokens": tokens, "lengths": np.full((size.rows, 2), size.tokens, np.int32)}
+        texts = [row[:length].tolist() for row, length in zip(*rewarded(spec["task"], text, size), strict=True)]
+        pairs = list(zip(texts[: len(texts) // 2], texts[len(texts) // 2 :], strict=True))
+        if spec["task"] == "reward":
+            batch = pair_batch(pairs, size.tokens, 0)
+        else:
+            draws = np.random.default_rng(0).integers(len(pairs), size=(DRAWS, len(pairs)))
+            share = shape.attention != "splash"
+            packed = packed_rows(lambda step: [pairs[i] for i in draws[step]], DRAWS, PACKED_LENGTH, 1, share)
+            batch = packed.batch(pairs, 0)
         loss_sums = functools.partial(pair_loss_sums, config=shape, margin=0.0, centering=0.0)
         params = with_head(model)
     optimizer = make_optimizer(optimizer_config(), 1000)

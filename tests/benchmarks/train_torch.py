@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 from harness import serve
-from training_tasks import B1, B2, EPS, LEARNING_RATE, MAX_GRAD_NORM, WEIGHT_DECAY, head, sizes, windows
+from training_tasks import B1, B2, EPS, LEARNING_RATE, MAX_GRAD_NORM, WEIGHT_DECAY, head, rewarded, sizes, windows
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 ATTENTIONS, OPTIMIZERS = ("sdpa", "eager"), ("foreach", "fused")
 
 
-def sft_loss(model: Any, rows: torch.Tensor) -> torch.Tensor:
+def sft_loss(model: Any, rows: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
     """Mean next-token cross-entropy."""
     logits = model(rows, use_cache=False).logits
     # The targets are shifted, since a slice of the logits would copy the largest array.
@@ -25,9 +25,12 @@ def sft_loss(model: Any, rows: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100)
 
 
-def reward_loss(model: Any, rows: torch.Tensor) -> torch.Tensor:
-    """Mean pairwise ranking loss: the first half of the rows is preferred to the second."""
-    states = model.model(rows, use_cache=False).last_hidden_state[:, -1]
+def reward_loss(model: Any, rows: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
+    """Mean pairwise ranking loss: the first half of the rows is preferred to the second.
+
+    Scores are read at each row's place `last`; padding stands behind it, where a causal model needs no mask for it.
+    """
+    states = model.model(rows, use_cache=False).last_hidden_state[torch.arange(len(rows)), last]
     chosen, rejected = model.score(states)[:, 0].chunk(2)
     return torch.nn.functional.softplus(rejected - chosen).mean()
 
@@ -41,14 +44,14 @@ def load(task: str, folder: str, hidden_size: int) -> Any:
     return model
 
 
-def make_step(model: Any, loss_of: Callable[..., torch.Tensor], kind: str) -> Callable[[torch.Tensor], float]:
+def make_step(model: Any, loss_of: Callable[..., torch.Tensor], kind: str) -> Callable[..., float]:
     """A training step that returns its loss."""
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=LEARNING_RATE, betas=(B1, B2), eps=EPS, weight_decay=WEIGHT_DECAY, **{kind: True}
     )
 
-    def step(rows: torch.Tensor) -> float:
-        loss = loss_of(model, rows)
+    def step(rows: torch.Tensor, last: torch.Tensor) -> float:
+        loss = loss_of(model, rows, last)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM, foreach=True)
         optimizer.step()
@@ -62,13 +65,18 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
     """Time the variants, then the faster one from the start."""
     torch.set_num_threads(spec["cores"])
     size, task, hidden = sizes(spec["quick"]), spec["task"], spec["shape"]["hidden_size"]
-    rows = torch.from_numpy(windows(np.load(spec["text"]), size.rows * (1 if task == "sft" else 2), size.tokens)).long()
+    text = np.load(spec["text"])
+    if task == "sft":
+        tokens, lengths = windows(text, size.rows, size.tokens), np.full(size.rows, size.tokens)
+    else:
+        tokens, lengths = rewarded(task, text, size)
+    batch = torch.from_numpy(tokens).long(), torch.from_numpy(lengths).long() - 1
     plain = sft_loss if task == "sft" else reward_loss
 
-    def loss_of(model: Any, rows: torch.Tensor) -> torch.Tensor:
+    def loss_of(model: Any, rows: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
         # Parameters and optimizer stay in float32.
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=spec["dtype"] == "bfloat16"):
-            return plain(model, rows)
+            return plain(model, rows, last)
 
     model = load(task, spec["folder"], hidden)
     model.train()
@@ -79,9 +87,9 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
         for attention, kind in variants:
             model.set_attn_implementation(attention)
             step = make_step(model, loss_of, kind)
-            step(rows)
+            step(*batch)
             begin = time.perf_counter()
-            step(rows)
+            step(*batch)
             probes[f"{attention} {kind}"] = time.perf_counter() - begin
         return tuple(min(probes, key=probes.__getitem__).split())
 
@@ -90,11 +98,11 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
     model.set_attn_implementation(attention)
     model.load_state_dict(start)
     step = make_step(model, loss_of, kind)
-    losses = [step(rows)]
+    losses = [step(*batch)]
     seconds = []
     for _ in range(spec["repeats"] * size.steps):
         begin = time.perf_counter()
-        losses.append(step(rows))
+        losses.append(step(*batch))
         seconds.append(time.perf_counter() - begin)
     return {"seconds": seconds, "losses": losses, "variant": f"{attention} {kind}", "probe_seconds": probes}
 

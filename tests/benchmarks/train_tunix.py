@@ -4,6 +4,7 @@ SFT is its trainer's own loss. It has no reward model trainer, so that step is i
 loss.
 """
 
+import functools
 import time
 from typing import Any
 
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from harness import serve
-from training_tasks import B1, B2, EPS, LEARNING_RATE, MAX_GRAD_NORM, WEIGHT_DECAY, sizes, windows
+from training_tasks import B1, B2, EPS, LEARNING_RATE, MAX_GRAD_NORM, WEIGHT_DECAY, rewarded, sizes, windows
 from tunix.rl import rl_cluster
 from tunix.rl.ppo.ppo_learner import PPOConfig, PPOLearner
 from tunix.rl.rollout import base_rollout
@@ -34,25 +35,28 @@ def make_optimizer() -> optax.GradientTransformation:
 
 
 def pairwise_loss(
-    model: Scored, input_tokens: jax.Array, input_mask: jax.Array, positions: jax.Array, attention_mask: jax.Array
-) -> jax.Array:
-    """Mean pairwise ranking loss, scores at the last token; rows without padding."""
+    model: Scored, input_tokens: jax.Array, input_mask: jax.Array, positions: jax.Array, attention_mask: jax.Array,
+    lengths: np.ndarray,
+) -> jax.Array:  # fmt: skip
+    """Mean pairwise ranking loss, scores at each row's last token; padding stands behind it."""
     scores, _ = model(input_tokens, positions, None, attention_mask)
-    chosen, rejected = jnp.split(scores[:, -1, 0], 2)
+    chosen, rejected = jnp.split(scores[np.arange(len(lengths)), lengths - 1, 0], 2)
     return jax.nn.softplus(rejected - chosen).mean()
 
 
 def supervised(spec: dict[str, Any]) -> dict[str, Any]:
     """Steps of the trainer's own loop."""
-    size, task = sizes(spec["quick"]), spec["task"]
-    tokens = windows(np.load(spec["text"]), size.rows * (1 if task == "sft" else 2), size.tokens)
+    size, task, text = sizes(spec["quick"]), spec["task"], np.load(spec["text"])
     model = load(spec) if task == "sft" else scored(load(spec), spec)
     with make_mesh():
         trainer = PeftTrainer(model, make_optimizer(), TrainingConfig(eval_every_n_steps=10**9))
         # Else each call of `train` would close its logs and checkpoints.
         trainer.is_managed_externally = True
-        if task == "reward":
-            trainer.with_loss_fn(pairwise_loss)
+        if task == "sft":
+            tokens = windows(text, size.rows, size.tokens)
+        else:
+            tokens, lengths = rewarded(task, text, size)
+            trainer.with_loss_fn(functools.partial(pairwise_loss, lengths=lengths))
         positions, mask = causal(*tokens.shape)
         trainer.with_gen_model_input_fn(
             lambda x: {

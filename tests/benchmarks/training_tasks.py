@@ -1,10 +1,12 @@
 """The training steps that are compared, and the numbers that every engine is given.
 
 `sft`: cross-entropy on all tokens of 4 rows of 256. `reward`: the pairwise ranking loss of 4 pairs of 256 tokens,
-scores read at the last one. Both: AdamW behind global-norm clipping, the same rows in every step, so that
-losses can be compared step by step. `ppo`: one whole iteration, 16 prompts of 64 tokens and 64 new ones, ends ignored,
-at temperature 1: rollout, log-probs of policy and reference, values, scores, advantages, then 2 epochs of one update of
-policy and critic, in micro-batches of a quarter.
+scores read at the last one. `pairs`: the same loss of eight pairs of dialogues of up to 256 tokens that begin alike
+(`PAIRS`), which peers pad to the longest, and ours packs into as many rows as the fullest of `DRAWS` batches of eight
+such pairs needs. All: AdamW behind global-norm clipping, the same rows in every step, so that losses can be compared
+step by step. `ppo`: one whole iteration, 16 prompts of 64 tokens and 64 new ones, ends ignored, at temperature 1:
+rollout, log-probs of policy and reference, values, scores, advantages, then 2 epochs of one update of policy and
+critic, in micro-batches of a quarter.
 """
 
 import dataclasses
@@ -14,7 +16,17 @@ import numpy as np
 LEARNING_RATE = 1e-5
 B1, B2, EPS, WEIGHT_DECAY, MAX_GRAD_NORM = 0.9, 0.999, 1e-8, 0.01, 1.0
 HEAD_STDDEV = 0.02
-TASKS = ("sft", "reward", "ppo")
+TASKS = ("sft", "reward", "pairs", "ppo")
+# Tokens that both texts of a pair begin with, and those of the chosen and the rejected one alone: the middle pair of
+# each eighth, by tokens with the beginning counted once, of 314 that have up to 256 tokens a text by SmolLM2's
+# tokenizer, among 400 of Anthropic's harmless set (Bai et al. 2022).
+PAIRS = (
+    (20, 34, 3), (44, 10, 30), (17, 22, 73), (17, 88, 32), (118, 8, 37), (175, 6, 10), (70, 85, 63), (218, 29, 17)
+)  # fmt: skip
+# Of the rows that ours packs them into: two texts of 256.
+PACKED_LENGTH = 512
+# Steps of a stage, whose rows are as many at every step.
+DRAWS = 200
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +56,24 @@ def windows(text: np.ndarray, rows: int, length: int) -> np.ndarray:
     """Rows of a text that begin at different places: [rows, length] int32."""
     starts = (len(text) // rows) * np.arange(rows)
     return text[(starts[:, None] + np.arange(length)[None, :]) % len(text)].astype(np.int32)
+
+
+def rewarded(task: str, text: np.ndarray, size: Sizes) -> tuple[np.ndarray, np.ndarray]:
+    """The texts of a reward model step: rows [2B, T] int32, padded on the right by 0, and lengths [2B] int32.
+
+    The first half is preferred to the second.
+    """
+    if task == "reward":
+        return windows(text, 2 * size.rows, size.tokens), np.full(2 * size.rows, size.tokens, np.int32)
+    pairs = PAIRS[:: 8 // (2 * size.rows)]
+    sources = windows(text, 3 * len(pairs), size.tokens).reshape(3, len(pairs), size.tokens)
+    texts = [
+        np.concatenate([sources[0, place, : pair[0]], sources[side, place, : pair[side]]])
+        for side in (1, 2)
+        for place, pair in enumerate(pairs)
+    ]
+    lengths = np.array([len(text) for text in texts], np.int32)
+    return np.stack([np.pad(text, (0, lengths.max() - len(text))) for text in texts]), lengths
 
 
 def head(hidden_size: int) -> np.ndarray:

@@ -44,7 +44,7 @@ def make_mesh() -> jax.sharding.Mesh:
 
 
 def causal(batch: int, length: int) -> tuple[jax.Array, jax.Array]:
-    """Positions [B, T] and a causal mask [B, T, T] of rows without padding."""
+    """Positions [B, T] and a causal mask [B, T, T] of rows that are padded, if at all, on the right."""
     positions = jnp.broadcast_to(jnp.arange(length), (batch, length))
     mask = jnp.broadcast_to(jnp.tril(jnp.ones((length, length), bool)), (batch, length, length))
     return positions, mask

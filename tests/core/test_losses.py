@@ -149,6 +149,17 @@ def test_ranking_loss_with_margin_and_centering_by_hand() -> None:
     assert {name: float(a / b) for name, (a, b) in metrics.items()} == {"accuracy": 1, "margin": 2.75, "score": 0.125}
 
 
+def test_places_without_a_pair_count_for_nothing() -> None:
+    chosen, rejected = jnp.asarray([[2.0, jnp.nan], [1.0, 7.0]]), jnp.asarray([[0.5, 1.0], [-3.0, jnp.inf]])
+    total, (pairs, metrics) = losses.pairwise_sums(chosen, rejected, 0.25, 0.1, jnp.asarray([[1, 0], [1, 0]], bool))
+    expected, (number, figures) = losses.pairwise_sums(chosen[:, 0], rejected[:, 0], 0.25, 0.1)
+    np.testing.assert_allclose(total, expected, rtol=1e-6)
+    assert pairs == number == 2
+    assert {name: float(a / b) for name, (a, b) in metrics.items()} == pytest.approx(
+        {name: float(a / b) for name, (a, b) in figures.items()}
+    )
+
+
 def test_scores_below_float32_are_ranked_in_float32() -> None:
     chosen, rejected = jnp.asarray([100.0], jnp.bfloat16), jnp.asarray([99.5], jnp.bfloat16)
     total, (_, metrics) = losses.pairwise_sums(chosen, rejected, 0.0, 0.0)
