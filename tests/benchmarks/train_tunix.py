@@ -4,8 +4,8 @@ SFT is its trainer's own loss. It has no reward model trainer, so that step is i
 loss.
 """
 
-import functools
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -34,14 +34,17 @@ def make_optimizer() -> optax.GradientTransformation:
     )
 
 
-def pairwise_loss(
-    model: Scored, input_tokens: jax.Array, input_mask: jax.Array, positions: jax.Array, attention_mask: jax.Array,
-    lengths: np.ndarray,
-) -> jax.Array:  # fmt: skip
+def make_pairwise_loss(lengths: np.ndarray) -> Callable[..., jax.Array]:
     """Mean pairwise ranking loss, scores at each row's last token; padding stands behind it."""
-    scores, _ = model(input_tokens, positions, None, attention_mask)
-    chosen, rejected = jnp.split(scores[np.arange(len(lengths)), lengths - 1, 0], 2)
-    return jax.nn.softplus(rejected - chosen).mean()
+
+    def loss(
+        model: Scored, input_tokens: jax.Array, input_mask: jax.Array, positions: jax.Array, attention_mask: jax.Array
+    ) -> jax.Array:
+        scores, _ = model(input_tokens, positions, None, attention_mask)
+        chosen, rejected = jnp.split(scores[np.arange(len(lengths)), lengths - 1, 0], 2)
+        return jax.nn.softplus(rejected - chosen).mean()
+
+    return loss
 
 
 def supervised(spec: dict[str, Any]) -> dict[str, Any]:
@@ -56,7 +59,7 @@ def supervised(spec: dict[str, Any]) -> dict[str, Any]:
             tokens = windows(text, size.rows, size.tokens)
         else:
             tokens, lengths = rewarded(task, text, size)
-            trainer.with_loss_fn(functools.partial(pairwise_loss, lengths=lengths))
+            trainer.with_loss_fn(make_pairwise_loss(lengths))
         positions, mask = causal(*tokens.shape)
         trainer.with_gen_model_input_fn(
             lambda x: {
