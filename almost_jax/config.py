@@ -486,7 +486,7 @@ class DpoConfig(Section):
     """Direct preference optimisation from the kept pairs, a baseline beside RLSF; off without a `dpo:` section.
 
     `length_normalized` divides log-probs by the number of the response's tokens; `label_smoothing` belongs to the
-    sigmoid objective.
+    sigmoid objective. `packed_length`: see `RewardConfig`.
     """
 
     beta: Positive = 0.1
@@ -494,7 +494,13 @@ class DpoConfig(Section):
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5, strict=True)] = 0.0
     length_normalized: Flag = False
     held_out: NonNegativeInt = 500
+    packed_length: NonNegativeInt = 0
     training: DpoTrainingConfig = DpoTrainingConfig()
+
+    @model_validator(mode="after")
+    def _holds_the_longest(self) -> "DpoConfig":
+        check_packed_length(self.packed_length, 2, "pairs of texts", self.training)
+        return self
 
     @model_validator(mode="after")
     def _smoothing_fits(self) -> "DpoConfig":

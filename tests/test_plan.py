@@ -24,7 +24,7 @@ from almost_jax.plan.reads import read_bytes
 from almost_jax.plan.shapes import HUB, model_shape
 from almost_jax.plan.topologies import parse_topology
 from almost_jax.plan.worker import examine
-from almost_jax.stages.pair_rows import PackedRows
+from almost_jax.stages.pair_rows import PackedRows, PairTokens
 
 NO_LIBTPU = importlib.util.find_spec("libtpu") is None
 
@@ -176,7 +176,7 @@ def test_packed_pairs_are_planned_as_they_are_made(experiments_folder: Path, mon
         assert "reward.packed_length" in program.knobs
         state, _ = jax.eval_shape(program.function, *program.arguments)
     assert state.params["score"]["kernel"].shape == (64,)
-    made = PackedRows(36, 2, 384, True).batch([([1] * 96, [2] * 96)] * 63, 0)
+    made = PackedRows((36,), 2, 384, True).batch([PairTokens.scored([1] * 96, [2] * 96)] * 63, 0)
     assert {name: (array.shape, array.dtype) for name, array in made.items()} == {
         name: (leaf.shape, leaf.dtype) for name, leaf in planned.items()
     }

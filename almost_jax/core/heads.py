@@ -23,29 +23,23 @@ def head_axes() -> Params:
     return {HEAD: {"kernel": ("norm",)}}
 
 
-def token_scores(
-    params: Params,
-    config: LlamaConfig,
-    tokens: Array,
-    positions: Array | None = None,
-    segment_ids: Array | None = None,
-    seen_ids: Array | None = None,
-) -> Array:
+def state_scores(params: Params, hidden: Array) -> Array:
+    """The head's value of hidden states: [B, T, D] -> [B, T] float32."""
+    kernel = params[HEAD]["kernel"].astype(jnp.float32)
+    return jnp.einsum("btd,d->bt", hidden.astype(jnp.float32), kernel)
+
+
+def token_scores(params: Params, config: LlamaConfig, tokens: Array) -> Array:
     """The head's value at every position: a critic's values.
 
     Args:
         params: a tree with a head.
         tokens: [B, T] int32, padded on the right.
-        positions, segment_ids, seen_ids: of packed rows, see `llama.hidden_states`.
 
     Returns:
         [B, T] float32.
     """
-    hidden = hidden_states(
-        params, config, tokens, positions=positions, segment_ids=segment_ids, seen_ids=seen_ids
-    )
-    kernel = params[HEAD]["kernel"].astype(jnp.float32)
-    return jnp.einsum("btd,d->bt", hidden.astype(jnp.float32), kernel)
+    return state_scores(params, hidden_states(params, config, tokens))
 
 
 def sequence_scores(params: Params, config: LlamaConfig, tokens: Array, lengths: Array) -> Array:

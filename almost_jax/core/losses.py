@@ -224,12 +224,22 @@ def pairwise_sums(
     """
     chosen, rejected = chosen.astype(jnp.float32), rejected.astype(jnp.float32)
     loss = pairwise_ranking_loss(chosen, rejected, margin) + centering * centering_penalty(chosen, rejected)
-    pairs = jnp.float32(chosen.size) if present is None else count(present)
     metrics = {
         "accuracy": pairwise_accuracy(chosen, rejected),
         "margin": chosen - rejected,
         "score": 0.5 * (chosen + rejected),
     }
+    return pair_terms(loss, metrics, present)
+
+
+def pair_terms(loss: Array, metrics: dict[str, Array], present: Array | None) -> LossTerms:
+    """Sums over pairs of a loss and of metrics, all of one shape, and the number of pairs.
+
+    Args:
+        loss, metrics: float32, a value for each pair.
+        present: bool of that shape, where there is a pair; None: everywhere.
+    """
+    pairs = jnp.float32(loss.size) if present is None else count(present)
     total = jnp.sum if present is None else functools.partial(jnp.sum, where=present)
     return total(loss), (pairs, {name: (total(values), pairs) for name, values in metrics.items()})
 

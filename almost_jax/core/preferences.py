@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from almost_jax.core.losses import LossTerms, pairwise_accuracy
+from almost_jax.core.losses import LossTerms, pair_terms, pairwise_accuracy
 
 Objective: TypeAlias = Literal["sigmoid", "ipo"]
 
@@ -23,15 +23,15 @@ def preference_loss(ratios: Array, beta: float, label_smoothing: float, objectiv
     that are taken to be wrong; "ipo" is (h - 1 / (2 beta))^2.
 
     Args:
-        ratios: [B, 2] float32, log pi - log ref of the preferred response and of the other one.
+        ratios: [..., 2] float32, log pi - log ref of the preferred response and of the other one.
         beta: how strongly the policy is held to the reference; in nats^-1.
         label_smoothing: 0 is the paper's loss; for "sigmoid" alone.
         objective: which of the two.
 
     Returns:
-        [B] float32. Where policy and reference agree, "sigmoid" gives log 2 whatever beta and smoothing.
+        [...] float32. Where policy and reference agree, "sigmoid" gives log 2 whatever beta and smoothing.
     """
-    difference = (ratios[:, 0] - ratios[:, 1]).astype(jnp.float32)
+    difference = (ratios[..., 0] - ratios[..., 1]).astype(jnp.float32)
     if objective == "ipo":
         return jnp.square(difference - 0.5 / beta)
     scaled = beta * difference
@@ -39,13 +39,19 @@ def preference_loss(ratios: Array, beta: float, label_smoothing: float, objectiv
 
 
 def preference_sums(
-    policy: Array, reference: Array, beta: float, label_smoothing: float, objective: Objective
+    policy: Array,
+    reference: Array,
+    beta: float,
+    label_smoothing: float,
+    objective: Objective,
+    present: Array | None = None,
 ) -> LossTerms:
     """`preference_loss` of a batch of pairs.
 
     Args:
-        policy, reference: [B, 2] log-probs of the preferred response and of the other one.
+        policy, reference: [..., 2] log-probs of the preferred response and of the other one.
         beta, label_smoothing, objective: see `preference_loss`.
+        present: [...] bool, where there is a pair; None: everywhere.
 
     Returns:
         Sum of losses, number of pairs, and the metrics `accuracy` (the preferred response has the higher implicit
@@ -53,12 +59,10 @@ def preference_sums(
         `chosen_reward` and `rejected_reward`.
     """
     ratios = policy.astype(jnp.float32) - reference.astype(jnp.float32)
-    pairs = jnp.float32(ratios.shape[0])
     metrics = {
-        "accuracy": pairwise_accuracy(ratios[:, 0], ratios[:, 1]),
-        "margin": beta * (ratios[:, 0] - ratios[:, 1]),
-        "chosen_reward": beta * ratios[:, 0],
-        "rejected_reward": beta * ratios[:, 1],
+        "accuracy": pairwise_accuracy(ratios[..., 0], ratios[..., 1]),
+        "margin": beta * (ratios[..., 0] - ratios[..., 1]),
+        "chosen_reward": beta * ratios[..., 0],
+        "rejected_reward": beta * ratios[..., 1],
     }
-    loss = preference_loss(ratios, beta, label_smoothing, objective)
-    return loss.sum(), (pairs, {name: (values.sum(), pairs) for name, values in metrics.items()})
+    return pair_terms(preference_loss(ratios, beta, label_smoothing, objective), metrics, present)

@@ -9,6 +9,7 @@ reference.jsonl. Source: Rafailov et al. 2023.
 import dataclasses
 import functools
 import hashlib
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -20,7 +21,7 @@ from jax import Array
 from almost_jax.config import DpoConfig
 from almost_jax.core.llama import LlamaConfig, Params, hidden_states
 from almost_jax.core.losses import LossTerms, shifted
-from almost_jax.core.partitioning import platform, replicated
+from almost_jax.core.partitioning import platform, replicated, row_parts
 from almost_jax.core.preferences import preference_sums
 from almost_jax.core.train import Batch, make_optimizer, make_train_step
 from almost_jax.core.vocabulary import hidden_figures
@@ -34,6 +35,14 @@ from almost_jax.io.tokenizer import Tokenizer
 from almost_jax.sampling.layout import decode_layout
 from almost_jax.stages.dialogues import training_tokens
 from almost_jax.stages.execution import judging_shape, placed_for_training, training_shape, training_spread
+from almost_jax.stages.pair_rows import (
+    PackedRows,
+    PairTokens,
+    packed_rows,
+    packed_states,
+    say_of_packing,
+    shared_size,
+)
 from almost_jax.stages.reward import Pair, check_any_kept, comparison_pair, split_pairs
 from almost_jax.stages.sft import Example
 from almost_jax.stages.templates import Turn
@@ -103,10 +112,25 @@ def run_stage(run: Run) -> dict[str, Any]:
     with jax.set_mesh(mesh):
         reference = reference_logprobs(run, ordered, batch_size, lambda part: logprobs(source.params, part))
 
+        def places_at(step: int) -> list[int]:
+            return [int(place) for place in batch_indices(step, batch_size, len(train), batches_seed)]
+
+        def sides_at(step: int) -> list[tuple[Example, Example]]:
+            return [_sides(rows, train[place]) for place in places_at(step)]
+
+        if config.packed_length:
+            split = training.micro_batches * row_parts(mesh)
+            packed = packed_rows(
+                lambda step: list(itertools.starmap(response_pair, sides_at(step))),
+                total_steps, config.packed_length, split, shape.attention != "splash",
+            )  # fmt: skip
+            say_of_packing(run, NAME, packed, batch_size, length)
+
         def batch_at(step: int) -> dict[str, np.ndarray]:
-            places = [int(place) for place in batch_indices(step, batch_size, len(train), batches_seed)]
-            batch = pair_batch([_sides(rows, train[place]) for place in places], length, pad_id)
-            return {**batch, "reference": np.array([reference[place] for place in places], np.float32)}
+            known = np.array([reference[place] for place in places_at(step)], np.float32)
+            if config.packed_length:
+                return packed_batch(packed, sides_at(step), known, pad_id)
+            return {**pair_batch(sides_at(step), length, pad_id), "reference": known}
 
         def evaluate(params: Params) -> dict[str, float]:
             if not test:
@@ -196,6 +220,61 @@ def pair_batch(pairs: Sequence[tuple[Example, Example]], length: int, pad_id: in
     return {"tokens": tokens.reshape(shape), "targets": targets.reshape(shape).astype(bool)}
 
 
+def response_pair(chosen: Example, rejected: Example) -> PairTokens:
+    """A pair for `PackedRows`: what both begin with is shared but for the token before the first target of either.
+
+    Each text keeps that one, so that all that it has to predict stands behind a token of its own.
+    """
+    (chosen_tokens, chosen_targets), (rejected_tokens, rejected_targets) = chosen, rejected
+    most = min([*chosen_targets, True].index(True), [*rejected_targets, True].index(True))
+    shared = min(shared_size(chosen_tokens, rejected_tokens), most)
+    return PairTokens(chosen_tokens, rejected_tokens, max(shared - 1, 0))
+
+
+def packed_batch(
+    packed: PackedRows, pairs: Sequence[tuple[Example, Example]], reference: np.ndarray, pad_id: int
+) -> dict[str, np.ndarray]:
+    """Pairs packed into rows: what `PackedRows.batch` gives and, by row and place in it, what the loss needs.
+
+    Args:
+        packed: the rows.
+        pairs: as many as fit, the preferred response first.
+        reference: [B, 2] float32, the reference's log-probs.
+        pad_id: what fills the rest.
+
+    Returns:
+        Besides that targets [R, T] int32, which of the row's texts a token is a target of, counted from 1, chosen
+        before rejected, 0 for none; reference [R, P, 2] float32, 0 where there is no pair.
+    """
+    both = list(itertools.starmap(response_pair, pairs))
+    batch = packed.batch(both, pad_id)
+    targets = np.zeros(batch["tokens"].shape, np.int32)
+    known = np.zeros(batch["ends"].shape, np.float32)
+    for row, places in enumerate(packed.places(both)):
+        for slot, place in enumerate(places):
+            known[row, slot] = reference[place]
+            for side, (_, wanted) in enumerate(pairs[place]):
+                shared = both[place].shared if packed.share else 0
+                own, end = np.array(wanted[shared:]), batch["ends"][row, slot, side] + 1
+                targets[row, end - len(own) : end] = np.where(own, 1 + 2 * slot + side, 0)
+    return {**batch, "targets": targets, "reference": known}
+
+
+def packed_logprobs(params: Params, batch: Batch, config: LlamaConfig, length_normalized: bool) -> Array:
+    """`response_logprobs` of a batch from `packed_batch`: [R, P, 2] float32, 0 where there is no pair."""
+    flat, config = decode_layout(params, config, platform())
+    states = packed_states(flat, config, batch)
+    found = hidden_figures(flat, config, states, shifted(batch["tokens"]), 1.0, with_entropy=False).logprobs
+    rows, pairs = batch["present"].shape
+    # Text by text, as there are few of them in a row.
+    texts = 1 + jnp.arange(2 * pairs)
+    wanted = shifted(batch["targets"])[:, None, :] == texts[None, :, None]
+    sums = jnp.sum(jnp.broadcast_to(found[:, None, :], wanted.shape), axis=2, where=wanted)
+    if length_normalized:
+        sums = sums / jnp.maximum(jnp.sum(wanted, axis=2, dtype=jnp.float32), 1.0)
+    return sums.reshape(rows, pairs, 2)
+
+
 def response_logprobs(params: Params, batch: Batch, config: LlamaConfig, length_normalized: bool) -> Array:
     """Log-prob of each response, its end of text included, given its query.
 
@@ -223,17 +302,22 @@ _response_logprobs = jax.jit(response_logprobs, static_argnames=("config", "leng
 
 
 def dpo_loss_sums(params: Params, batch: Batch, *, config: LlamaConfig, settings: DpoConfig) -> LossTerms:
-    """The preference loss of a batch: `pair_batch`, and `reference` [B, 2] float32.
+    """The preference loss of a batch: `pair_batch` and `reference` [B, 2] float32, or `packed_batch`.
 
     Returns:
         Sum of losses, number of pairs, metrics.
     """
+    if "present" in batch:
+        policy = packed_logprobs(params, batch, config, settings.length_normalized)
+        return _preferences(policy, batch["reference"], settings, batch["present"])
     policy = response_logprobs(params, batch, config, settings.length_normalized)
     return _preferences(policy, batch["reference"], settings)
 
 
-def _preferences(policy: Array, reference: Array, settings: DpoConfig) -> LossTerms:
-    return preference_sums(policy, reference, settings.beta, settings.label_smoothing, settings.objective)
+def _preferences(
+    policy: Array, reference: Array, settings: DpoConfig, present: Array | None = None
+) -> LossTerms:
+    return preference_sums(policy, reference, settings.beta, settings.label_smoothing, settings.objective, present)
 
 
 def _sides(rows: dict[str, Example], pair: Pair) -> tuple[Example, Example]:

@@ -1,8 +1,9 @@
-"""Pairs of texts as the rows that a reward model is trained on: a row each, or packed, a shared beginning read once.
+"""Pairs of texts as the rows that are trained on: a row each, or packed, what both begin with read once.
 
 Packed, a step learns from the same pairs by the same loss, so packing changes what it costs and nothing else: each
 text sees its own tokens and what both of its pair begin with, at the positions that it has in a row of its own. A pair
-stands in one row, so that rows can be split over devices and micro-batches.
+stands in one row, so that rows can be split over devices and micro-batches. Source: Krell et al. 2021 for packing, Wang
+and Hegde 2024 (arXiv 2410.20305) for the shared beginning.
 """
 
 import dataclasses
@@ -13,43 +14,74 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from almost_jax.core.heads import sequence_scores, token_scores
-from almost_jax.core.llama import LlamaConfig, Params
+from almost_jax.core.heads import sequence_scores, state_scores
+from almost_jax.core.llama import LlamaConfig, Params, hidden_states
 from almost_jax.core.losses import LossTerms, pairwise_sums
 from almost_jax.core.partitioning import platform
 from almost_jax.core.train import Batch
 from almost_jax.errors import InputError
-from almost_jax.io.batches import first_fit, pad
+from almost_jax.io.batches import enough_rows, first_fit, pad, row_counts
+from almost_jax.io.run import Run
 from almost_jax.sampling.layout import decode_layout
 
 # Token ids of the chosen and of the rejected text.
-PairTokens: TypeAlias = tuple[Sequence[int], Sequence[int]]
+TwoTexts: TypeAlias = tuple[Sequence[int], Sequence[int]]
 
 
-def pair_batch(pairs: Sequence[PairTokens], length: int, pad_id: int) -> dict[str, np.ndarray]:
+def pair_batch(pairs: Sequence[TwoTexts], length: int, pad_id: int) -> dict[str, np.ndarray]:
     """A row for each text: tokens [B, 2, T] int32 and lengths [B, 2] int32, chosen before rejected."""
     tokens, lengths = pad([row for pair in pairs for row in pair], length, pad_id)
     return {"tokens": tokens.reshape(len(pairs), 2, length), "lengths": lengths.reshape(len(pairs), 2)}
 
 
 @dataclasses.dataclass(frozen=True)
-class PackedRows:
-    """The shape of all packed batches, of which one program is compiled.
+class PairTokens:
+    """Token ids of two texts, neither empty, of which up to `shared` at the beginning may stand in a row once."""
 
-    rows: R of a batch. pairs: P, the most that stand in one row. length: T, tokens per row. share: whether what both
-    texts of a pair begin with stands there once; their attention is then no longer one of segments alone.
+    chosen: Sequence[int]
+    rejected: Sequence[int]
+    shared: int
+
+    @classmethod
+    def scored(cls, chosen: Sequence[int], rejected: Sequence[int]) -> "PairTokens":
+        """Texts whose last tokens are what counts: all that they begin with alike is shared."""
+        return cls(chosen, rejected, shared_size(chosen, rejected))
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedRows:
+    """The shapes of packed batches, for each of which a program is compiled.
+
+    rows: R of a batch, one number or two, see `io.batches.row_counts`. pairs: P, the most that stand in one row.
+    length: T, tokens per row. share: whether what a pair may share stands there once; its attention is then no longer
+    one of segments alone.
     """
 
-    rows: int
+    rows: tuple[int, ...]
     pairs: int
     length: int
     share: bool
 
+    def places(self, pairs: Sequence[PairTokens]) -> list[list[int]]:
+        """The places of the pairs of each row, by `io.batches.first_fit`.
+
+        Raises:
+            InputError: a pair is longer than a row, or there are too few rows or places for pairs in one.
+        """
+        packed = first_fit([packed_size(pair, self.share) for pair in pairs], self.length)
+        most = max(map(len, packed), default=0)
+        if len(packed) > self.rows[-1] or most > self.pairs:
+            raise InputError(
+                f"{len(pairs)} pairs need {len(packed)} rows of {self.length} tokens and up to {most} pairs, "
+                f"not {self.rows[-1]} of up to {self.pairs}"
+            )
+        return packed
+
     def batch(self, pairs: Sequence[PairTokens], pad_id: int) -> dict[str, np.ndarray]:
-        """Pairs packed into rows by `io.batches.first_fit`.
+        """Pairs packed into rows as `places` says.
 
         Args:
-            pairs: none of whose texts is empty.
+            pairs: as many as fit.
             pad_id: what fills the rest.
 
         Returns:
@@ -59,27 +91,20 @@ class PackedRows:
             from 1 in each row; padding is segment 0, so that it sees no pair and none sees it.
 
         Raises:
-            InputError: a pair is longer than a row, or there are too few rows or places for pairs in one.
+            InputError: see `places`.
         """
-        packed = first_fit([packed_size(*pair, self.share) for pair in pairs], self.length)
-        most = max(map(len, packed), default=0)
-        if len(packed) > self.rows or most > self.pairs:
-            raise InputError(
-                f"{len(pairs)} pairs need {len(packed)} rows of {self.length} tokens and up to {most} pairs, "
-                f"not {self.rows} of up to {self.pairs}"
-            )
-        tokens = np.full((self.rows, self.length), pad_id, np.int32)
-        positions, segments, seen = (np.zeros((self.rows, self.length), np.int32) for _ in range(3))
-        ends = np.zeros((self.rows, self.pairs, 2), np.int32)
-        present = np.zeros((self.rows, self.pairs), bool)
+        packed = self.places(pairs)
+        rows = enough_rows(self.rows, len(packed))
+        tokens = np.full((rows, self.length), pad_id, np.int32)
+        positions, segments, seen = (np.zeros((rows, self.length), np.int32) for _ in range(3))
+        ends = np.zeros((rows, self.pairs, 2), np.int32)
+        present = np.zeros((rows, self.pairs), bool)
         for row, places in enumerate(packed):
             start, segment = 0, 1
-            for slot, place in enumerate(places):
-                chosen, rejected = pairs[place]
-                shared = shared_size(chosen, rejected) if self.share else 0
-                beginning = segment
+            for slot, pair in enumerate(pairs[place] for place in places):
+                shared, beginning = pair.shared if self.share else 0, segment
                 present[row, slot] = True
-                parts = ((chosen[:shared], 0), (chosen[shared:], shared), (rejected[shared:], shared))
+                parts = ((pair.chosen[:shared], 0), (pair.chosen[shared:], shared), (pair.rejected[shared:], shared))
                 for side, (part, first) in enumerate(parts):
                     here = slice(start, start + len(part))
                     tokens[row, here], positions[row, here] = part, first + np.arange(len(part))
@@ -91,15 +116,16 @@ class PackedRows:
         return batch | ({"seen_ids": seen} if self.share else {})
 
 
-    def tokens(self, pairs: Sequence[PairTokens]) -> int:
-        """How many of a batch's places are no padding."""
-        return sum(packed_size(*pair, self.share) for pair in pairs)
+    def fill(self, pairs: Sequence[PairTokens]) -> float:
+        """The share of a batch's places that is no padding."""
+        rows = enough_rows(self.rows, len(self.places(pairs)))
+        return sum(packed_size(pair, self.share) for pair in pairs) / (rows * self.length)
 
 
 def packed_rows(
     pairs_at: Callable[[int], Sequence[PairTokens]], steps: int, length: int, split: int, share: bool
 ) -> PackedRows:
-    """The smallest shape that holds the batch of every step.
+    """Shapes that hold the batch of every step.
 
     Args:
         pairs_at: the pairs of a step, counted from 0.
@@ -111,9 +137,21 @@ def packed_rows(
     Raises:
         InputError: a pair is longer than a row.
     """
-    packed = [first_fit([packed_size(*pair, share) for pair in pairs_at(step)], length) for step in range(steps)]
-    rows = max(len(batch) for batch in packed)
-    return PackedRows(-(-rows // split) * split, max(len(row) for batch in packed for row in batch), length, share)
+    packed = [first_fit([packed_size(pair, share) for pair in pairs_at(step)], length) for step in range(steps)]
+    counts = row_counts([len(batch) for batch in packed], split)
+    return PackedRows(counts, max(len(row) for batch in packed for row in batch), length, share)
+
+
+def say_of_packing(run: Run, name: str, packed: PackedRows, pairs: int, length: int) -> None:
+    """Say what rows a stage's batches of `pairs` take, and if rows of `length` for each text would take less."""
+    spent, unpacked = packed.rows[0] * packed.length, 2 * pairs * length
+    counts = " or ".join(map(str, packed.rows))
+    run.say(f"{name}: {pairs} pairs in {counts} rows of {packed.length} tokens a step")
+    if spent > unpacked:
+        run.say(
+            f"{name}: warning: that is {spent} places, more than the {unpacked} of a row for each text; give "
+            "shorter rows, fewer micro-batches or packed_length 0"
+        )
 
 
 def shared_size(chosen: Sequence[int], rejected: Sequence[int]) -> int:
@@ -123,9 +161,21 @@ def shared_size(chosen: Sequence[int], rejected: Sequence[int]) -> int:
     return next(differing, most)
 
 
-def packed_size(chosen: Sequence[int], rejected: Sequence[int], share: bool) -> int:
+def packed_size(pair: PairTokens, share: bool) -> int:
     """How many tokens a pair takes in a packed row."""
-    return len(chosen) + len(rejected) - (shared_size(chosen, rejected) if share else 0)
+    return len(pair.chosen) + len(pair.rejected) - (pair.shared if share else 0)
+
+
+def packed_states(flat: Params, config: LlamaConfig, batch: Batch) -> jax.Array:
+    """Hidden states [R, T, D] of a batch from `PackedRows.batch`."""
+    return hidden_states(
+        flat,
+        config,
+        batch["tokens"],
+        positions=batch["positions"],
+        segment_ids=batch["segment_ids"],
+        seen_ids=batch.get("seen_ids"),
+    )
 
 
 def pair_loss_sums(
@@ -144,8 +194,7 @@ def pair_loss_sums(
     """
     flat, config = decode_layout(params, config, platform())
     if "ends" in batch:
-        segments = batch["positions"], batch["segment_ids"], batch.get("seen_ids")
-        every, ends = token_scores(flat, config, batch["tokens"], *segments), batch["ends"]
+        every, ends = state_scores(flat, packed_states(flat, config, batch)), batch["ends"]
         scores: jax.Array = jnp.take_along_axis(every, ends.reshape(ends.shape[0], -1), axis=1).reshape(ends.shape)
         return pairwise_sums(scores[..., 0], scores[..., 1], margin, centering, batch["present"])
     batch_size, _, length = batch["tokens"].shape

@@ -33,7 +33,7 @@ from almost_jax.stages.dialogues import dialogue_tokens, text_tokens
 from almost_jax.stages.execution import judging_shape, placed_for_training, training_shape, training_spread
 from almost_jax.stages.filters import count_verdicts
 from almost_jax.stages.pair_figures import logged_figures, pair_figures
-from almost_jax.stages.pair_rows import PairTokens, packed_rows, pair_batch, pair_loss_sums
+from almost_jax.stages.pair_rows import PairTokens, packed_rows, pair_batch, pair_loss_sums, say_of_packing
 from almost_jax.stages.templates import Turn, render
 from almost_jax.stages.training import (
     LENGTH_MULTIPLE,
@@ -267,24 +267,19 @@ def train_reward_model(
 
     def pairs_at(step: int) -> list[PairTokens]:
         chosen = [train[index] for index in batch_indices(step, batch_size, len(train), batches_seed)]
-        return [(rows[pair.chosen], rows[pair.rejected]) for pair in chosen]
+        return [PairTokens.scored(rows[pair.chosen], rows[pair.rejected]) for pair in chosen]
 
     if packed_length:
         # A number of rows that every device and every micro-batch can have its share of.
         split = training.micro_batches * row_parts(mesh)
         packed = packed_rows(pairs_at, total_steps, packed_length, split, shape.attention != "splash")
-        run.say(f"{name}: {batch_size} pairs in {packed.rows} rows of {packed_length} tokens a step")
-        spent, unpacked = packed.rows * packed_length, 2 * batch_size * length
-        if spent > unpacked:
-            run.say(
-                f"{name}: warning: that is {spent} places, more than the {unpacked} of a row for each text; give "
-                "shorter rows, fewer micro-batches or packed_length 0"
-            )
+        say_of_packing(run, name, packed, batch_size, length)
 
     def batch_at(step: int) -> dict[str, np.ndarray]:
         if packed_length:
             return packed.batch(pairs_at(step), tokenizer.pad_id)
-        return pair_batch(pairs_at(step), length, tokenizer.pad_id)
+        texts = [(pair.chosen, pair.rejected) for pair in pairs_at(step)]
+        return pair_batch(texts, length, tokenizer.pad_id)
 
     def scores(params: Params, texts: Sequence[str]) -> np.ndarray:
         if not texts:
@@ -344,7 +339,7 @@ def train_reward_model(
     }
     if packed_length:
         # The share of what the packed steps compute on that is no padding.
-        summary["fill"] = sum(packed.tokens(pairs_at(step)) for step in range(total_steps)) / (total_steps * spent)
+        summary["fill"] = float(np.mean([packed.fill(pairs_at(step)) for step in range(total_steps)]))
     write_bytes(run.path(name, "evaluation.json"), (json.dumps(summary, indent=1) + "\n").encode())
     return summary
 

@@ -8,6 +8,7 @@ count from each demonstration's start, attention stays inside it, and losses are
 
 import dataclasses
 import functools
+import statistics
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -21,7 +22,7 @@ from almost_jax.core.partitioning import platform, row_parts
 from almost_jax.core.train import Batch, make_optimizer, make_train_step
 from almost_jax.core.vocabulary import hidden_figures
 from almost_jax.errors import InputError
-from almost_jax.io.batches import batch_indices, first_fit, pad
+from almost_jax.io.batches import batch_indices, enough_rows, first_fit, pad, row_counts
 from almost_jax.io.models import save_model
 from almost_jax.io.records import read_records
 from almost_jax.io.run import Run
@@ -70,15 +71,17 @@ def fine_tune(run: Run, name: str, file: str) -> dict[str, Any]:
         return [int(index) for index in batch_indices(step, training.batch_size, len(fitting), seed)]
 
     if config.packed_length:
-        # One number of rows for all batches, which compiles one program, and one that every device can share.
-        split = training.micro_batches * row_parts(run.mesh)
-        most = max(
+        needed = [
             len(first_fit([lengths[index] for index in chosen_at(step)], config.packed_length))
             for step in range(total_steps)
+        ]
+        # Numbers of rows that every device and every micro-batch can have its share of.
+        counts = row_counts(needed, training.micro_batches * row_parts(run.mesh))
+        spent = config.packed_length * statistics.fmean(enough_rows(counts, rows) for rows in needed)
+        run.say(
+            f"{name}: {training.batch_size} demonstrations in {' or '.join(map(str, counts))} rows of "
+            f"{config.packed_length} tokens a step"
         )
-        rows = -(-most // split) * split
-        spent = rows * config.packed_length
-        run.say(f"{name}: {training.batch_size} demonstrations in {rows} rows of {config.packed_length} tokens a step")
     else:
         length = fixed_length(max(lengths))
         spent = training.batch_size * length
@@ -86,6 +89,7 @@ def fine_tune(run: Run, name: str, file: str) -> dict[str, Any]:
     def batch_at(step: int) -> dict[str, np.ndarray]:
         chosen = [fitting[index] for index in chosen_at(step)]
         if config.packed_length:
+            rows = enough_rows(counts, needed[step])
             return packed_batch(chosen, rows, config.packed_length, source.tokenizer.pad_id)
         return example_batch(chosen, length, source.tokenizer.pad_id)
 

@@ -25,7 +25,9 @@ from training_tasks import (
     LEARNING_RATE,
     MAX_GRAD_NORM,
     PACKED_LENGTH,
+    TIMED,
     WEIGHT_DECAY,
+    Sizes,
     head,
     rewarded,
     sizes,
@@ -41,7 +43,7 @@ from almost_jax.io.records import read_records, write_records
 from almost_jax.io.run import Run
 from almost_jax.stages import rlsf
 from almost_jax.stages.execution import training_shape
-from almost_jax.stages.pair_rows import packed_rows, pair_batch, pair_loss_sums
+from almost_jax.stages.pair_rows import PairTokens, TwoTexts, packed_rows, pair_batch, pair_loss_sums
 from almost_jax.stages.sft import sft_loss_sums
 from almost_jax.stages.training import fresh_state, place_batch, shardings_of
 
@@ -79,18 +81,11 @@ def supervised(spec: dict[str, Any]) -> dict[str, Any]:
     if spec["task"] == "sft":
         tokens = windows(text, size.rows, size.tokens)
         batch = {"tokens": tokens, "targets": np.ones(tokens.shape, bool)}
+        warming, batches = [batch] * 2, [batch] * size.steps
         loss_sums: Callable[..., Any] = functools.partial(sft_loss_sums, config=shape, z_loss=0.0)
         params = model.params
     else:
-        texts = [row[:length].tolist() for row, length in zip(*rewarded(spec["task"], text, size), strict=True)]
-        pairs = list(zip(texts[: len(texts) // 2], texts[len(texts) // 2 :], strict=True))
-        if spec["task"] == "reward":
-            batch = pair_batch(pairs, size.tokens, 0)
-        else:
-            draws = np.random.default_rng(0).integers(len(pairs), size=(DRAWS, len(pairs)))
-            share = shape.attention != "splash"
-            packed = packed_rows(lambda step: [pairs[i] for i in draws[step]], DRAWS, PACKED_LENGTH, 1, share)
-            batch = packed.batch(pairs, 0)
+        warming, batches = reward_batches(spec["task"], text, size, shape.attention != "splash")
         loss_sums = functools.partial(pair_loss_sums, config=shape, margin=0.0, centering=0.0)
         params = with_head(model)
     optimizer = make_optimizer(optimizer_config(), 1000)
@@ -99,13 +94,38 @@ def supervised(spec: dict[str, Any]) -> dict[str, Any]:
         state = fresh_state(params, optimizer, mesh)
         del model, params
         step = make_train_step(loss_sums, optimizer, 1, shardings_of(state), None)
-        for _ in range(2 + spec["repeats"] * size.steps):
+        for batch in [*warming, *batches * spec["repeats"]]:
             start = time.perf_counter()
             state, metrics = step(state, place_batch(batch, mesh))
             losses.append(float(metrics["loss"]))
             jax.block_until_ready(state)
             seconds.append(time.perf_counter() - start)
-    return {"first_seconds": seconds[0], "second_seconds": seconds[1], "seconds": seconds[2:], "losses": losses}
+    found = {"first_seconds": seconds[0], "second_seconds": seconds[1], "losses": losses}
+    return {**found, "seconds": seconds[len(warming) :]}
+
+
+def reward_batches(
+    task: str, text: np.ndarray, size: Sizes, share: bool
+) -> tuple[list[dict[str, np.ndarray]], list[dict[str, np.ndarray]]]:
+    """Batches of the steps that compile and of the timed ones."""
+
+    def pairs_at(step: int) -> list[TwoTexts]:
+        texts = [row[:length].tolist() for row, length in zip(*rewarded(task, text, size, step), strict=True)]
+        return list(zip(texts[: len(texts) // 2], texts[len(texts) // 2 :], strict=True))
+
+    if task == "reward":
+        batch = pair_batch(pairs_at(0), size.tokens, 0)
+        return [batch] * 2, [batch] * size.steps
+
+    def marked(step: int) -> list[PairTokens]:
+        return [PairTokens.scored(*pair) for pair in pairs_at(step)]
+
+    packed = packed_rows(marked, DRAWS, PACKED_LENGTH, 1, share)
+    first = packed.batch(marked(0), 0)
+    # Each program twice: that of the first pairs, and the one of another number of rows, if there is one.
+    others = [dataclasses.replace(packed, rows=(rows,)) for rows in packed.rows if rows != len(first["tokens"])]
+    warming = [first] * 2 + [other.batch(marked(0)[:1], 0) for other in others] * 2
+    return warming, [packed.batch(marked(1 + step), 0) for step in range(TIMED)]
 
 
 def overrides(spec: dict[str, Any]) -> list[str]:

@@ -11,7 +11,19 @@ from typing import Any
 import numpy as np
 import torch
 from harness import serve
-from training_tasks import B1, B2, EPS, LEARNING_RATE, MAX_GRAD_NORM, WEIGHT_DECAY, head, rewarded, sizes, windows
+from training_tasks import (
+    B1,
+    B2,
+    EPS,
+    LEARNING_RATE,
+    MAX_GRAD_NORM,
+    TIMED,
+    WEIGHT_DECAY,
+    head,
+    rewarded,
+    sizes,
+    windows,
+)
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 ATTENTIONS, OPTIMIZERS = ("sdpa", "eager"), ("foreach", "fused")
@@ -66,11 +78,15 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(spec["cores"])
     size, task, hidden = sizes(spec["quick"]), spec["task"], spec["shape"]["hidden_size"]
     text = np.load(spec["text"])
-    if task == "sft":
-        tokens, lengths = windows(text, size.rows, size.tokens), np.full(size.rows, size.tokens)
-    else:
-        tokens, lengths = rewarded(task, text, size)
-    batch = torch.from_numpy(tokens).long(), torch.from_numpy(lengths).long() - 1
+
+    def batch_at(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if task == "sft":
+            tokens, lengths = windows(text, size.rows, size.tokens), np.full(size.rows, size.tokens)
+        else:
+            tokens, lengths = rewarded(task, text, size, step)
+        return torch.from_numpy(tokens).long(), torch.from_numpy(lengths).long() - 1
+
+    batch = batch_at(0)
     plain = sft_loss if task == "sft" else reward_loss
 
     def loss_of(model: Any, rows: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
@@ -100,7 +116,8 @@ def main(spec: dict[str, Any]) -> dict[str, Any]:
     step = make_step(model, loss_of, kind)
     losses = [step(*batch)]
     seconds = []
-    for _ in range(spec["repeats"] * size.steps):
+    timed = [batch_at(1 + place) for place in range(TIMED)] if task == "pairs" else [batch] * size.steps
+    for batch in timed * spec["repeats"]:
         begin = time.perf_counter()
         losses.append(step(*batch))
         seconds.append(time.perf_counter() - begin)

@@ -5,7 +5,6 @@ loss.
 """
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from harness import serve
-from training_tasks import B1, B2, EPS, LEARNING_RATE, MAX_GRAD_NORM, WEIGHT_DECAY, rewarded, sizes, windows
+from training_tasks import B1, B2, EPS, LEARNING_RATE, MAX_GRAD_NORM, TIMED, WEIGHT_DECAY, rewarded, sizes, windows
 from tunix.rl import rl_cluster
 from tunix.rl.ppo.ppo_learner import PPOConfig, PPOLearner
 from tunix.rl.rollout import base_rollout
@@ -34,17 +33,20 @@ def make_optimizer() -> optax.GradientTransformation:
     )
 
 
-def make_pairwise_loss(lengths: np.ndarray) -> Callable[..., jax.Array]:
+def pairwise_loss(
+    model: Scored, input_tokens: jax.Array, input_mask: jax.Array, positions: jax.Array, attention_mask: jax.Array
+) -> jax.Array:
     """Mean pairwise ranking loss, scores at each row's last token; padding stands behind it."""
+    scores, _ = model(input_tokens, positions, None, attention_mask)
+    last = input_mask.sum(axis=1) - 1
+    chosen, rejected = jnp.split(jnp.take_along_axis(scores[..., 0], last[:, None], axis=1)[:, 0], 2)
+    return jax.nn.softplus(rejected - chosen).mean()
 
-    def loss(
-        model: Scored, input_tokens: jax.Array, input_mask: jax.Array, positions: jax.Array, attention_mask: jax.Array
-    ) -> jax.Array:
-        scores, _ = model(input_tokens, positions, None, attention_mask)
-        chosen, rejected = jnp.split(scores[np.arange(len(lengths)), lengths - 1, 0], 2)
-        return jax.nn.softplus(rejected - chosen).mean()
 
-    return loss
+def masked(rows: np.ndarray, lengths: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows widened to [B, width] on the right, and which of their places hold a token."""
+    rows = np.pad(rows, ((0, 0), (0, width - rows.shape[1])))
+    return rows, (np.arange(width)[None, :] < lengths[:, None]).astype(rows.dtype)
 
 
 def supervised(spec: dict[str, Any]) -> dict[str, Any]:
@@ -56,11 +58,15 @@ def supervised(spec: dict[str, Any]) -> dict[str, Any]:
         # Else each call of `train` would close its logs and checkpoints.
         trainer.is_managed_externally = True
         if task == "sft":
-            tokens = windows(text, size.rows, size.tokens)
+            given = [(windows(text, size.rows, size.tokens), np.full(size.rows, size.tokens))]
         else:
-            tokens, lengths = rewarded(task, text, size)
-            trainer.with_loss_fn(make_pairwise_loss(lengths))
-        positions, mask = causal(*tokens.shape)
+            given = [rewarded(task, text, size, step) for step in range(1 + TIMED if task == "pairs" else 1)]
+            trainer.with_loss_fn(pairwise_loss)
+        # Rows of one length, as it compiles a program for each.
+        width = max(rows.shape[1] for rows, _ in given)
+        first, *rest = (TrainingInput(*masked(rows, lengths, width)) for rows, lengths in given)
+        timed = rest or [first] * size.steps
+        positions, mask = causal(*first.input_tokens.shape)
         trainer.with_gen_model_input_fn(
             lambda x: {
                 "input_tokens": x.input_tokens,
@@ -69,12 +75,11 @@ def supervised(spec: dict[str, Any]) -> dict[str, Any]:
                 "attention_mask": mask,
             }
         )
-        batch = TrainingInput(input_tokens=tokens, input_mask=np.ones_like(tokens))
         losses: list[float] = []
         seconds: list[float] = []
         log = trainer._log_metrics
         trainer._log_metrics = lambda loss, *rest, **named: (losses.append(float(loss)), log(loss, *rest, **named))
-        for _ in range(2 + spec["repeats"] * size.steps):
+        for batch in [first, first, *timed * spec["repeats"]]:
             start = time.perf_counter()
             trainer.train([batch])
             seconds.append(time.perf_counter() - start)

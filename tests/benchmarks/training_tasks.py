@@ -2,11 +2,10 @@
 
 `sft`: cross-entropy on all tokens of 4 rows of 256. `reward`: the pairwise ranking loss of 4 pairs of 256 tokens,
 scores read at the last one. `pairs`: the same loss of eight pairs of dialogues of up to 256 tokens that begin alike
-(`PAIRS`), which peers pad to the longest, and ours packs into as many rows as the fullest of `DRAWS` batches of eight
-such pairs needs. All: AdamW behind global-norm clipping, the same rows in every step, so that losses can be compared
-step by step. `ppo`: one whole iteration, 16 prompts of 64 tokens and 64 new ones, ends ignored, at temperature 1:
-rollout, log-probs of policy and reference, values, scores, advantages, then 2 epochs of one update of policy and
-critic, in micro-batches of a quarter.
+(`PAIRS`), drawn anew for each of `DRAWS` steps, of which a few are timed; peers pad them to the longest, ours packs
+them. The others have the same rows in every step. All: AdamW behind global-norm clipping. `ppo`: one whole iteration,
+16 prompts of 64 tokens and 64 new ones, ends ignored, at temperature 1: rollout, log-probs of policy and reference,
+values, scores, advantages, then 2 epochs of one update of policy and critic, in micro-batches of a quarter.
 """
 
 import dataclasses
@@ -25,8 +24,8 @@ PAIRS = (
 )  # fmt: skip
 # Of the rows that ours packs them into: two texts of 256.
 PACKED_LENGTH = 512
-# Steps of a stage, whose rows are as many at every step.
-DRAWS = 200
+# Steps of a stage, and of them the timed ones, behind one that compiles.
+DRAWS, TIMED = 200, 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,14 +57,22 @@ def windows(text: np.ndarray, rows: int, length: int) -> np.ndarray:
     return text[(starts[:, None] + np.arange(length)[None, :]) % len(text)].astype(np.int32)
 
 
-def rewarded(task: str, text: np.ndarray, size: Sizes) -> tuple[np.ndarray, np.ndarray]:
+def drawn(step: int, size: Sizes) -> list[int]:
+    """Which of `PAIRS` a step of `pairs` learns from; the first from each."""
+    count = 2 * size.rows
+    if step == 0:
+        return list(range(0, len(PAIRS), len(PAIRS) // count))
+    return np.random.default_rng(step).integers(len(PAIRS), size=count).tolist()
+
+
+def rewarded(task: str, text: np.ndarray, size: Sizes, step: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """The texts of a reward model step: rows [2B, T] int32, padded on the right by 0, and lengths [2B] int32.
 
     The first half is preferred to the second.
     """
     if task == "reward":
         return windows(text, 2 * size.rows, size.tokens), np.full(2 * size.rows, size.tokens, np.int32)
-    pairs = PAIRS[:: 8 // (2 * size.rows)]
+    pairs = [PAIRS[place] for place in drawn(step, size)]
     sources = windows(text, 3 * len(pairs), size.tokens).reshape(3, len(pairs), size.tokens)
     texts = [
         np.concatenate([sources[0, place, : pair[0]], sources[side, place, : pair[side]]])

@@ -1,5 +1,6 @@
 """DPO: log-probs of the response alone, the reference at step 0, learning, exact resume, off without a section."""
 
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -12,12 +13,15 @@ import pytest
 from pydantic import ValidationError
 
 from almost_jax.config import DpoConfig
+from almost_jax.core.train import accumulate_gradients
 from almost_jax.errors import InputError
 from almost_jax.io.models import load_model, save_model
 from almost_jax.io.records import read_records, write_records
 from almost_jax.io.run import Run
 from almost_jax.sampling.scoring import completion_logprobs
 from almost_jax.stages import dialogues, dpo, reward
+from almost_jax.stages.pair_rows import packed_rows
+from almost_jax.stages.sft import Example
 
 SECTION = {
     "beta": 0.4,
@@ -72,6 +76,86 @@ def test_log_probs_are_those_of_the_response_and_its_end(tuned_run: Callable[...
     np.testing.assert_allclose(found.reshape(-1), [row.sum() for row in scored], rtol=1e-5)
     per_token = dpo.response_logprobs(model.params, placed, model.config, True)
     np.testing.assert_allclose(per_token.reshape(-1), [row.mean() for row in scored], rtol=1e-5)
+
+
+def ragged_pairs(vocab: int) -> list[tuple[Example, Example]]:
+    """Pairs of (tokens both begin with, of which so many last ones are targets already; tokens of either alone)."""
+    generator = np.random.default_rng(3)
+    pairs = []
+    for shared, answered, *sizes in [(6, 0, 3, 5), (1, 0, 4, 2), (9, 3, 1, 6), (12, 1, 2, 2), (4, 0, 7, 1)]:
+        begin = generator.integers(3, vocab, shared).tolist()
+        sides = []
+        for side, size in enumerate(sizes):
+            tokens = [*begin, 3 + side, *generator.integers(3, vocab, size - 1).tolist()]
+            sides.append((tokens, [place >= shared - answered for place in range(len(tokens))]))
+        pairs.append((sides[0], sides[1]))
+    return pairs
+
+
+def test_targets_stand_behind_a_token_of_their_own_text() -> None:
+    pairs = ragged_pairs(20)
+    # One token less than both begin with, and none from the one before the first target on.
+    assert [dpo.response_pair(*pair).shared for pair in pairs] == [5, 0, 5, 10, 3]
+    assert dpo.response_pair(([5], [False]), ([5, 6], [False, True])).shared == 0
+
+
+@pytest.mark.parametrize(("share", "micro_batches"), [(True, 1), (True, 2), (False, 2)])
+@pytest.mark.parametrize("normalized", [False, True])
+def test_22_losses_and_gradients_are_equal_packed_and_unpacked(
+    tuned_run: Callable[..., Run], tmp_path: Path, share: bool, micro_batches: int, normalized: bool
+) -> None:
+    model = tuned_run(tmp_path).model("small")
+    pairs = ragged_pairs(model.config.vocab_size)
+    reference = np.random.default_rng(5).normal(size=(len(pairs), 2)).astype(np.float32) - 6
+    both = [dpo.response_pair(*pair) for pair in pairs]
+    rows = packed_rows(lambda _: both, 1, 31, 2, share)
+    packed = dpo.packed_batch(rows, pairs, reference, model.tokenizer.eos_id)
+    unpacked = {**dpo.pair_batch(pairs, 24, model.tokenizer.pad_id), "reference": reference}
+    settings = DpoConfig(beta=0.4, length_normalized=normalized)
+    loss = functools.partial(dpo.dpo_loss_sums, config=model.config, settings=settings)
+
+    @functools.partial(jax.jit, static_argnums=2)
+    def gradients(params: Any, batch: Any, parts: int) -> Any:
+        return accumulate_gradients(loss, params, batch, parts)
+
+    found, figures = gradients(model.params, packed, micro_batches)
+    expected, plain = gradients(model.params, unpacked, 1)
+    for name, value in plain.items():
+        assert float(figures[name]) == pytest.approx(float(value), abs=1e-5)
+    for left, right in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(left, right, atol=2e-5)
+
+
+def test_28_packed_it_takes_the_same_steps_and_resumes_to_the_byte(
+    tuned_run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    section = {**SECTION, "training": {**SECTION["training"], "max_length": 32, "epochs": 1, "micro_batches": 2}}  # type: ignore[dict-item]
+    plain = tuned_run(tmp_path / "plain", **section)
+    whole, stopped = (tuned_run(tmp_path / name, **section, packed_length=64) for name in ("whole", "stopped"))
+    unpacked, packed = dpo.run_stage(plain), dpo.run_stage(whole)
+    assert packed["steps"] == unpacked["steps"] == 5
+    for ours, theirs in zip(
+        read_records(whole.path("dpo", "metrics.jsonl")), read_records(plain.path("dpo", "metrics.jsonl")), strict=True
+    ):
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
+    assert "dpo: 8 pairs in 4 rows of 64 tokens a step" in whole.console.file.getvalue()  # type: ignore[attr-defined]
+    packed_batch, calls = dpo.packed_batch, list[int]()
+
+    def stopping(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise Stopped
+        return packed_batch(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(dpo, "packed_batch", stopping)
+        dpo.run_stage(stopped)
+    dpo.run_stage(stopped)
+    for name in ("metrics.jsonl", "reference.jsonl"):
+        assert whole.path("dpo", name).read_bytes() == stopped.path("dpo", name).read_bytes()
+    ours, theirs = (load_model(str(run.path("dpo", "model")), run.mesh, "float32") for run in (whole, stopped))
+    for left, right in zip(jax.tree.leaves(ours.params), jax.tree.leaves(theirs.params), strict=True):
+        np.testing.assert_array_equal(left, right)
 
 
 def test_before_the_first_update_the_policy_is_the_reference(tuned_run: Callable[..., Run], tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from almost_jax.stages import as_is_reward, reward
 from almost_jax.stages.pair_rows import (
     PackedRows,
     PairTokens,
+    TwoTexts,
     packed_rows,
     packed_size,
     pair_batch,
@@ -43,7 +44,7 @@ def small(make_run: Callable[..., Run], tmp_path: Path) -> Model:
     return make_run(tmp_path).model("small")
 
 
-def ragged_pairs(vocab: int) -> list[PairTokens]:
+def ragged_pairs(vocab: int) -> list[TwoTexts]:
     """Pairs that begin alike for as long as `RAGGED` says, and differ in the token behind."""
     generator = np.random.default_rng(8)
     pairs = []
@@ -60,42 +61,46 @@ def test_how_much_two_texts_share() -> None:
     # Each keeps its last token, whose score is its own, also where one text goes on from the other or equals it.
     assert shared_size([1, 2], [1, 2, 5]) == 1 and shared_size([1, 2], [1, 2]) == 1
     assert shared_size([7], [7, 8]) == 0 and shared_size([7], [8]) == 0
-    assert packed_size([1, 2, 3, 4], [1, 2, 5], True) == 5 and packed_size([1, 2, 3, 4], [1, 2, 5], False) == 7
+    pair = PairTokens.scored([1, 2, 3, 4], [1, 2, 5])
+    assert packed_size(pair, True) == 5 and packed_size(pair, False) == 7
 
 
 @pytest.mark.parametrize("share", [True, False])
 def test_packed_every_text_sees_itself_and_what_it_begins_with(share: bool) -> None:
-    pairs = ragged_pairs(20)
+    texts = ragged_pairs(20)
+    pairs = [PairTokens.scored(*pair) for pair in texts]
     length = 22 if share else 32
     shape = packed_rows(lambda step: pairs[step:], 2, length, 2, share)
     batch = shape.batch(pairs, 0)
-    assert batch["tokens"].shape == (4, length)
+    assert shape.rows == (4,) and batch["tokens"].shape == (4, length)
     assert ("seen_ids" in batch) == share
-    sizes = [packed_size(*pair, share) for pair in pairs]
-    assert (batch["segment_ids"] > 0).sum() == sum(sizes) == (71 if share else 100)
+    assert (batch["segment_ids"] > 0).sum() == (71 if share else 100)
+    assert shape.fill(pairs) == pytest.approx((71 if share else 100) / (4 * length))
     found = []
-    for row in range(shape.rows):
+    for row in range(4):
         segments = batch["segment_ids"][row]
         seen = batch["seen_ids"][row] if share else segments
         for ends in batch["ends"][row][batch["present"][row]]:
-            texts = []
+            seen_texts = []
             for end in ends:
                 visible = (np.arange(length) <= end) & ((segments == segments[end]) | (segments == seen[end]))
                 np.testing.assert_array_equal(batch["positions"][row][visible], np.arange(visible.sum()))
-                texts.append(batch["tokens"][row][visible].tolist())
-            found.append(tuple(texts))
-    assert sorted(found) == sorted(pairs)
+                seen_texts.append(batch["tokens"][row][visible].tolist())
+            found.append(tuple(seen_texts))
+    assert sorted(found) == sorted(texts)
     assert batch["present"].sum() == len(pairs) and not batch["ends"][~batch["present"]].any()
     # Whole rows that nothing needs stay empty.
-    empty = dataclasses.replace(shape, rows=shape.rows + 2).batch(pairs, 0)
+    empty = dataclasses.replace(shape, rows=(2, 6)).batch(pairs, 0)
+    assert len(empty["tokens"]) == 6
     assert not empty["segment_ids"][-2:].any() and not empty["present"][-2:].any()
 
 
 def test_rows_that_are_too_few_or_too_short_are_refused() -> None:
-    pairs = ragged_pairs(20)
+    pairs = [PairTokens.scored(*pair) for pair in ragged_pairs(20)]
     shape = packed_rows(lambda _: pairs, 1, 22, 1, True)
-    with pytest.raises(InputError, match=f"6 pairs need {shape.rows} rows of 22 tokens .* not {shape.rows - 1} of up"):
-        dataclasses.replace(shape, rows=shape.rows - 1).batch(pairs, 0)
+    (rows,) = shape.rows
+    with pytest.raises(InputError, match=f"6 pairs need {rows} rows of 22 tokens .* not {rows - 1} of up"):
+        dataclasses.replace(shape, rows=(rows - 1,)).batch(pairs, 0)
     with pytest.raises(InputError, match=f"and up to {shape.pairs} pairs, not .* of up to {shape.pairs - 1}"):
         dataclasses.replace(shape, pairs=shape.pairs - 1).batch(pairs, 0)
     with pytest.raises(InputError, match="sequence 4 has 19 tokens, but rows have room for 18"):
@@ -110,9 +115,10 @@ def test_22_losses_and_gradients_of_pairs_are_equal_packed_and_unpacked(
     small: Model, share: bool, micro_batches: int, attention: str, length: int
 ) -> None:
     params = add_head(small.params, small.config, jax.random.key(3), stddev=0.4)
-    pairs = ragged_pairs(small.config.vocab_size)
+    texts = ragged_pairs(small.config.vocab_size)
+    pairs = [PairTokens.scored(*pair) for pair in texts]
     packed = packed_rows(lambda _: pairs, 1, length, 2, share).batch(pairs, small.tokenizer.eos_id)
-    unpacked = pair_batch(pairs, 24, small.tokenizer.pad_id)
+    unpacked = pair_batch(texts, 24, small.tokenizer.pad_id)
     config = dataclasses.replace(small.config, attention=attention)
     loss = functools.partial(pair_loss_sums, config=config, margin=0.2, centering=0.1)
 

@@ -18,7 +18,7 @@ from almost_jax.core.llama import LlamaConfig, Params, hidden_states, logits
 from almost_jax.core.splash import splash_attention
 from almost_jax.core.train import accumulate_gradients
 from almost_jax.errors import InputError
-from almost_jax.io.batches import first_fit
+from almost_jax.io.batches import enough_rows, first_fit, row_counts
 from almost_jax.io.models import Model, load_model
 from almost_jax.io.records import read_records, write_records
 from almost_jax.io.run import Run
@@ -113,6 +113,15 @@ def ragged_examples(vocab: int) -> list[sft.Example]:
         (generator.integers(1, vocab, size).tolist(), [place >= size - wanted for place in range(size)])
         for size, wanted in RAGGED
     ]
+
+
+def test_batches_are_of_one_number_of_rows_or_two() -> None:
+    assert row_counts([5], 1) == (5,) and row_counts([5, 5, 7], 4) == (8,)
+    # 9 x 3 + 7 rows instead of 70; 3 x 2 + 7 x 8 rather than 4 x 4 + 6 x 8; 9 x 18 + 20 saves less than a tenth.
+    assert row_counts([3, 3, 2, 3, 7, 3, 1, 3, 3, 3], 1) == (3, 7)
+    assert row_counts([2, 3, 2, 7, 1, 7, 7, 7, 7, 7], 2) == (2, 8)
+    assert row_counts([18] * 9 + [20], 1) == (20,)
+    assert [enough_rows((3, 7), rows) for rows in (1, 3, 4, 7)] == [3, 3, 7, 7]
 
 
 def test_packing_keeps_examples_whole_and_apart() -> None:
