@@ -486,7 +486,8 @@ class DpoConfig(Section):
     """Direct preference optimisation from the kept pairs, a baseline beside RLSF; off without a `dpo:` section.
 
     `length_normalized` divides log-probs by the number of the response's tokens; `label_smoothing` belongs to the
-    sigmoid objective. `packed_length`: see `RewardConfig`.
+    sigmoid objective. `packed_length` packs each batch's pairs into rows of so many tokens, in which a query stands
+    once for both responses; 0 gives each text a row of its own.
     """
 
     beta: Positive = 0.1

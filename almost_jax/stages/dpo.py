@@ -94,7 +94,7 @@ def run_stage(run: Run) -> dict[str, Any]:
     optimizer = make_optimizer(training.optimizer, total_steps)
     settings, mesh = run.config.mesh, run.mesh
     whole = judging_shape(source.config, settings, mesh)
-    # By one kernel on both sides: another one rounds otherwise, and the first margins would not be 0.
+    # By one kernel on both sides: another one rounds otherwise, and the first margins of unpacked pairs would not be 0.
     shape = dataclasses.replace(training_shape(source.config, settings, mesh), attention=whole.attention)
     score = functools.partial(_response_logprobs, config=whole, length_normalized=config.length_normalized)
 
@@ -120,11 +120,11 @@ def run_stage(run: Run) -> dict[str, Any]:
 
         if config.packed_length:
             split = training.micro_batches * row_parts(mesh)
-            packed = packed_rows(
+            packed, spent = packed_rows(
                 lambda step: list(itertools.starmap(response_pair, sides_at(step))),
                 total_steps, config.packed_length, split, shape.attention != "splash",
             )  # fmt: skip
-            say_of_packing(run, NAME, packed, batch_size, length)
+            say_of_packing(run, NAME, packed, spent, batch_size, length)
 
         def batch_at(step: int) -> dict[str, np.ndarray]:
             known = np.array([reference[place] for place in places_at(step)], np.float32)
@@ -149,9 +149,10 @@ def run_stage(run: Run) -> dict[str, Any]:
         last = evaluate(state.params)
     model = dataclasses.replace(source, params=state.params, name=f"{run.config.name}/{NAME}")
     save_model(run.path(NAME, "model"), model)
-    return {
-        "pairs": len(train), "held_out": len(test), "too_long": len(pairs) - len(fitting), "steps": total_steps, **last
-    }  # fmt: skip
+    summary = {"pairs": len(train), "held_out": len(test), "too_long": len(pairs) - len(fitting), "steps": total_steps}
+    # The share of what the packed steps compute on that is no padding.
+    fill = {"fill": spent.tokens / spent.places} if config.packed_length else {}
+    return {**summary, **fill, **last}
 
 
 def load_pairs(run: Run, tokenizer: Tokenizer) -> tuple[list[Pair], dict[str, Example]]:
@@ -224,8 +225,13 @@ def response_pair(chosen: Example, rejected: Example) -> PairTokens:
     """A pair for `PackedRows`: what both begin with is shared but for the token before the first target of either.
 
     Each text keeps that one, so that all that it has to predict stands behind a token of its own.
+
+    Raises:
+        ValueError: a text's first token is a target.
     """
     (chosen_tokens, chosen_targets), (rejected_tokens, rejected_targets) = chosen, rejected
+    if chosen_targets[0] or rejected_targets[0]:
+        raise ValueError("the first token of a text can't be a target: nothing before it predicts it")
     most = min([*chosen_targets, True].index(True), [*rejected_targets, True].index(True))
     shared = min(shared_size(chosen_tokens, rejected_tokens), most)
     return PairTokens(chosen_tokens, rejected_tokens, max(shared - 1, 0))
@@ -314,9 +320,7 @@ def dpo_loss_sums(params: Params, batch: Batch, *, config: LlamaConfig, settings
     return _preferences(policy, batch["reference"], settings)
 
 
-def _preferences(
-    policy: Array, reference: Array, settings: DpoConfig, present: Array | None = None
-) -> LossTerms:
+def _preferences(policy: Array, reference: Array, settings: DpoConfig, present: Array | None = None) -> LossTerms:
     return preference_sums(policy, reference, settings.beta, settings.label_smoothing, settings.objective, present)
 
 

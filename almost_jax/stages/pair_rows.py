@@ -7,8 +7,9 @@ and Hegde 2024 (arXiv 2410.20305) for the shared beginning.
 """
 
 import dataclasses
+import statistics
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -116,16 +117,17 @@ class PackedRows:
         return batch | ({"seen_ids": seen} if self.share else {})
 
 
-    def fill(self, pairs: Sequence[PairTokens]) -> float:
-        """The share of a batch's places that is no padding."""
-        rows = enough_rows(self.rows, len(self.places(pairs)))
-        return sum(packed_size(pair, self.share) for pair in pairs) / (rows * self.length)
+class Spent(NamedTuple):
+    """What a packed step takes on average: tokens, and places for them in rows."""
+
+    tokens: float
+    places: float
 
 
 def packed_rows(
     pairs_at: Callable[[int], Sequence[PairTokens]], steps: int, length: int, split: int, share: bool
-) -> PackedRows:
-    """Shapes that hold the batch of every step.
+) -> tuple[PackedRows, Spent]:
+    """Shapes that hold the batch of every step, and what steps take of them.
 
     Args:
         pairs_at: the pairs of a step, counted from 0.
@@ -137,20 +139,22 @@ def packed_rows(
     Raises:
         InputError: a pair is longer than a row.
     """
-    packed = [first_fit([packed_size(pair, share) for pair in pairs_at(step)], length) for step in range(steps)]
+    sizes = [[packed_size(pair, share) for pair in pairs_at(step)] for step in range(steps)]
+    packed = [first_fit(batch, length) for batch in sizes]
     counts = row_counts([len(batch) for batch in packed], split)
-    return PackedRows(counts, max(len(row) for batch in packed for row in batch), length, share)
+    rows = PackedRows(counts, max(len(row) for batch in packed for row in batch), length, share)
+    places = length * statistics.fmean(enough_rows(counts, len(batch)) for batch in packed)
+    return rows, Spent(statistics.fmean(map(sum, sizes)), places)
 
 
-def say_of_packing(run: Run, name: str, packed: PackedRows, pairs: int, length: int) -> None:
+def say_of_packing(run: Run, name: str, packed: PackedRows, spent: Spent, pairs: int, length: int) -> None:
     """Say what rows a stage's batches of `pairs` take, and if rows of `length` for each text would take less."""
-    spent, unpacked = packed.rows[0] * packed.length, 2 * pairs * length
-    counts = " or ".join(map(str, packed.rows))
+    unpacked, counts = 2 * pairs * length, " or ".join(map(str, packed.rows))
     run.say(f"{name}: {pairs} pairs in {counts} rows of {packed.length} tokens a step")
-    if spent > unpacked:
+    if spent.places > unpacked:
         run.say(
-            f"{name}: warning: that is {spent} places, more than the {unpacked} of a row for each text; give "
-            "shorter rows, fewer micro-batches or packed_length 0"
+            f"{name}: warning: that is {spent.places:.0f} places, more than the {unpacked} of a row for each text; "
+            "give shorter rows, fewer micro-batches or packed_length 0"
         )
 
 

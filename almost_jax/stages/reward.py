@@ -272,8 +272,8 @@ def train_reward_model(
     if packed_length:
         # A number of rows that every device and every micro-batch can have its share of.
         split = training.micro_batches * row_parts(mesh)
-        packed = packed_rows(pairs_at, total_steps, packed_length, split, shape.attention != "splash")
-        say_of_packing(run, name, packed, batch_size, length)
+        packed, spent = packed_rows(pairs_at, total_steps, packed_length, split, shape.attention != "splash")
+        say_of_packing(run, name, packed, spent, batch_size, length)
 
     def batch_at(step: int) -> dict[str, np.ndarray]:
         if packed_length:
@@ -339,7 +339,7 @@ def train_reward_model(
     }
     if packed_length:
         # The share of what the packed steps compute on that is no padding.
-        summary["fill"] = float(np.mean([packed.fill(pairs_at(step)) for step in range(total_steps)]))
+        summary["fill"] = spent.tokens / spent.places
     write_bytes(run.path(name, "evaluation.json"), (json.dumps(summary, indent=1) + "\n").encode())
     return summary
 

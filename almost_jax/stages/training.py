@@ -79,7 +79,7 @@ def check_batches(config: ExperimentConfig, mesh: jax.sharding.Mesh, stages: Col
         InputError: names the key, the rows and what they must be a multiple of.
     """
     parts = row_parts(mesh)
-    for key, settings in _trainings(config, stages):
+    for key, settings, whole in _trainings(config, stages):
         if settings.batch_size % parts:
             raise InputError(
                 f"{key}.batch_size: {settings.batch_size} rows can't be split over {parts} devices; use a multiple"
@@ -87,7 +87,7 @@ def check_batches(config: ExperimentConfig, mesh: jax.sharding.Mesh, stages: Col
         rows, micro_batches, what = settings.batch_size, settings.micro_batches, "rows"
         if isinstance(settings, PpoConfig):
             rows, what = rows // settings.num_mini_batches, "rows of a mini-batch"
-        if config.mesh.explicit and rows % (parts * micro_batches):
+        if config.mesh.explicit and whole and rows % (parts * micro_batches):
             raise InputError(
                 f"{key}.micro_batches: {rows} {what} must be a multiple of devices x micro_batches = "
                 f"{parts} x {micro_batches} with mesh.explicit"
@@ -96,21 +96,25 @@ def check_batches(config: ExperimentConfig, mesh: jax.sharding.Mesh, stages: Col
 
 def _trainings(
     config: ExperimentConfig, stages: Collection[str]
-) -> Iterator[tuple[str, TrainingConfig | PpoConfig]]:
-    """(dotted key, settings) of every training of these stages whose batches are of `batch_size` rows."""
+) -> Iterator[tuple[str, TrainingConfig | PpoConfig, bool]]:
+    """Every training of these stages that has batches of `batch_size` rows.
+
+    Yields:
+        Dotted key, settings, and whether steps have these batches: packed, DPO only scores pairs by them.
+    """
     # Packed, there are as many rows as the mesh can split.
     as_is, reward = config.as_is_reward, config.reward
     if "as_is_reward" in stages and as_is.votes != "none" and not as_is.packed_length:
-        yield "as_is_reward.training", as_is.training
+        yield "as_is_reward.training", as_is.training, True
     rewarded = "reward" in stages or ("reward_ablation" in stages and config.reward_ablation is not None)
     if rewarded and not reward.packed_length:
-        yield "reward.training", reward.training
+        yield "reward.training", reward.training, True
     if "sft" in stages and not config.sft.packed_length:
-        yield "sft.training", config.sft.training
+        yield "sft.training", config.sft.training, True
     if "dpo" in stages and config.dpo is not None:
-        yield "dpo.training", config.dpo.training
+        yield "dpo.training", config.dpo.training, not config.dpo.packed_length
     if "rlsf" in stages or ("over_optimisation" in stages and config.over_optimisation is not None):
-        yield "ppo", config.ppo
+        yield "ppo", config.ppo, True
 
 
 def abstract(tree: Any) -> Any:

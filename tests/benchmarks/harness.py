@@ -39,7 +39,7 @@ def options(description: str, workloads: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workloads", nargs="+", choices=workloads, default=list(workloads))
     parser.add_argument("--cores", nargs="+", type=int, default=[1, 2], help="core counts, one after the other")
-    parser.add_argument("--repeats", type=int, default=1, help="how often everything is timed; medians count")
+    parser.add_argument("--repeats", type=int, default=1, help="how often everything is timed")
     parser.add_argument("--ours-only", action="store_true", help="leave the peers out")
     parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help="what everyone computes in")
     parser.add_argument("--quick", action="store_true", help="smaller workloads")

@@ -120,7 +120,7 @@ def reward_batches(
     def marked(step: int) -> list[PairTokens]:
         return [PairTokens.scored(*pair) for pair in pairs_at(step)]
 
-    packed = packed_rows(marked, DRAWS, PACKED_LENGTH, 1, share)
+    packed, _ = packed_rows(marked, DRAWS, PACKED_LENGTH, 1, share)
     first = packed.batch(marked(0), 0)
     # Each program twice: that of the first pairs, and the one of another number of rows, if there is one.
     others = [dataclasses.replace(packed, rows=(rows,)) for rows in packed.rows if rows != len(first["tokens"])]

@@ -2,10 +2,11 @@
 
 `sft`: cross-entropy on all tokens of 4 rows of 256. `reward`: the pairwise ranking loss of 4 pairs of 256 tokens,
 scores read at the last one. `pairs`: the same loss of eight pairs of dialogues of up to 256 tokens that begin alike
-(`PAIRS`), drawn anew for each of `DRAWS` steps, of which a few are timed; peers pad them to the longest, ours packs
-them. The others have the same rows in every step. All: AdamW behind global-norm clipping. `ppo`: one whole iteration,
-16 prompts of 64 tokens and 64 new ones, ends ignored, at temperature 1: rollout, log-probs of policy and reference,
-values, scores, advantages, then 2 epochs of one update of policy and critic, in micro-batches of a quarter.
+(`PAIRS`), drawn anew for each of `DRAWS` steps, of which the mean of the first `TIMED` is given: ours packs them, torch
+pads each batch to its longest, Tunix, which compiles a program for each shape, all alike. The others have the same rows
+in every step, and the median is given. All: AdamW behind global-norm clipping. `ppo`: one whole iteration, 16 prompts
+of 64 tokens and 64 new ones, ends ignored, at temperature 1: rollout, log-probs of policy and reference, values,
+scores, advantages, then 2 epochs of one update of policy and critic, in micro-batches of a quarter.
 """
 
 import dataclasses
@@ -25,7 +26,7 @@ PAIRS = (
 # Of the rows that ours packs them into: two texts of 256.
 PACKED_LENGTH = 512
 # Steps of a stage, and of them the timed ones, behind one that compiles.
-DRAWS, TIMED = 200, 5
+DRAWS, TIMED = 200, 10
 
 
 @dataclasses.dataclass(frozen=True)

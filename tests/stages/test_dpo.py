@@ -1,5 +1,6 @@
 """DPO: log-probs of the response alone, the reference at step 0, learning, exact resume, off without a section."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from almost_jax.config import DpoConfig
+from almost_jax.config import DpoConfig, MeshConfig
 from almost_jax.core.train import accumulate_gradients
 from almost_jax.errors import InputError
 from almost_jax.io.models import load_model, save_model
@@ -22,6 +23,7 @@ from almost_jax.sampling.scoring import completion_logprobs
 from almost_jax.stages import dialogues, dpo, reward
 from almost_jax.stages.pair_rows import packed_rows
 from almost_jax.stages.sft import Example
+from almost_jax.stages.training import check_batches
 
 SECTION = {
     "beta": 0.4,
@@ -97,10 +99,13 @@ def test_targets_stand_behind_a_token_of_their_own_text() -> None:
     # One token less than both begin with, and none from the one before the first target on.
     assert [dpo.response_pair(*pair).shared for pair in pairs] == [5, 0, 5, 10, 3]
     assert dpo.response_pair(([5], [False]), ([5, 6], [False, True])).shared == 0
+    with pytest.raises(ValueError, match="first token of a text can't be a target"):
+        dpo.response_pair(([5, 6], [False, True]), ([5, 6], [True, True]))
 
 
-@pytest.mark.parametrize(("share", "micro_batches"), [(True, 1), (True, 2), (False, 2)])
-@pytest.mark.parametrize("normalized", [False, True])
+@pytest.mark.parametrize(
+    ("share", "micro_batches", "normalized"), [(True, 1, False), (True, 2, True), (False, 2, False)]
+)
 def test_22_losses_and_gradients_are_equal_packed_and_unpacked(
     tuned_run: Callable[..., Run], tmp_path: Path, share: bool, micro_batches: int, normalized: bool
 ) -> None:
@@ -108,7 +113,7 @@ def test_22_losses_and_gradients_are_equal_packed_and_unpacked(
     pairs = ragged_pairs(model.config.vocab_size)
     reference = np.random.default_rng(5).normal(size=(len(pairs), 2)).astype(np.float32) - 6
     both = [dpo.response_pair(*pair) for pair in pairs]
-    rows = packed_rows(lambda _: both, 1, 31, 2, share)
+    rows, _ = packed_rows(lambda _: both, 1, 31, 2, share)
     packed = dpo.packed_batch(rows, pairs, reference, model.tokenizer.eos_id)
     unpacked = {**dpo.pair_batch(pairs, 24, model.tokenizer.pad_id), "reference": reference}
     settings = DpoConfig(beta=0.4, length_normalized=normalized)
@@ -143,7 +148,8 @@ def test_28_packed_it_takes_the_same_steps_and_resumes_to_the_byte(
 
     def stopping(*arguments: Any) -> Any:
         calls.append(1)
-        if len(calls) == 3:
+        # Four of the five steps are kept by a checkpoint.
+        if len(calls) == 5:
             raise Stopped
         return packed_batch(*arguments)
 
@@ -156,6 +162,42 @@ def test_28_packed_it_takes_the_same_steps_and_resumes_to_the_byte(
     ours, theirs = (load_model(str(run.path("dpo", "model")), run.mesh, "float32") for run in (whole, stopped))
     for left, right in zip(jax.tree.leaves(ours.params), jax.tree.leaves(theirs.params), strict=True):
         np.testing.assert_array_equal(left, right)
+
+
+def test_packed_pairs_are_split_over_devices_that_gather_weights(make_run: Callable[..., Run], tmp_path: Path) -> None:
+    training = {**SECTION["training"], "max_length": 32, "epochs": 1, "micro_batches": 3, "batch_size": 12}  # type: ignore[dict-item]
+    section = {**SECTION, "training": training, "packed_length": 64}
+    one = make_run(tmp_path / "one", dpo=section)
+    four = make_run(tmp_path / "four", dpo=section, mesh=MeshConfig(data=2, fsdp=2, explicit=True), devices=4)
+    # 12 pairs can't be split into 4 x 3 equal parts, but rows are as many as can.
+    check_batches(four.config, four.mesh, ["dpo"])
+    for run in (one, four):
+        save_model(run.path("sft", "model"), run.model("small"))
+        dpo.run_stage(run)
+    assert "12 pairs in 12 rows of 64 tokens a step" in four.console.file.getvalue()  # type: ignore[attr-defined]
+    left, right = (read_records(run.path("dpo", "metrics.jsonl")) for run in (one, four))
+    np.testing.assert_allclose([line["loss"] for line in left], [line["loss"] for line in right], atol=1e-4)
+
+
+def test_with_splash_attention_every_response_keeps_its_own_query(
+    tuned_run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared: list[bool] = []
+
+    def stopping(*given: Any) -> Any:
+        shared.append(given[-1])
+        raise Stopped
+
+    monkeypatch.setattr(dpo, "packed_rows", stopping)
+    monkeypatch.setattr(dpo, "reference_logprobs", lambda *_: [])
+    run = tuned_run(tmp_path, packed_length=128)
+    for kernel in ("splash", "blocks", "plain"):
+        shape = functools.partial(dataclasses.replace, attention=kernel)
+        monkeypatch.setattr(dpo, "training_shape", lambda config, *_, shape=shape: shape(config))
+        monkeypatch.setattr(dpo, "judging_shape", lambda config, *_, shape=shape: shape(config))
+        with pytest.raises(Stopped):
+            dpo.run_stage(run)
+    assert shared == [False, True, True]
 
 
 def test_before_the_first_update_the_policy_is_the_reference(tuned_run: Callable[..., Run], tmp_path: Path) -> None:
