@@ -220,17 +220,6 @@ class TrainingConfig(Section):
         return self
 
 
-def check_packed_length(length: int, texts: int, what: str, training: TrainingConfig) -> None:
-    """Refuse rows that can't hold `texts` texts of the longest; 0 is no packing."""
-    longest = texts * training.max_length
-    if 0 < length < longest:
-        raise wrong(
-            "packed_length",
-            f"rows of {length} can't hold {what} of training.max_length {training.max_length}; give {longest} tokens "
-            "or more, or 0 for rows of their own",
-        )
-
-
 class DpoTrainingConfig(TrainingConfig):
     """`TrainingConfig` from a fine-tuned policy on."""
 
@@ -355,11 +344,6 @@ class AsIsRewardConfig(Section):
     packed_length: NonNegativeInt = 0
     training: TrainingConfig = TrainingConfig()
 
-    @model_validator(mode="after")
-    def _holds_the_longest(self) -> "AsIsRewardConfig":
-        check_packed_length(self.packed_length, 2, "pairs of texts", self.training)
-        return self
-
 
 class JudgeConfig(Section):
     """A judge behind an OpenAI-compatible endpoint: `url` is its base, `key_variable` the variable that holds the key.
@@ -394,9 +378,9 @@ class AuditConfig(Section):
 class RewardConfig(Section):
     """The pairwise reward model (paper stage 1). `margin` and `centering` (0 is the paper's loss) are options.
 
-    `packed_length` packs each batch's pairs into rows of so many tokens, in which none sees another and what both
-    texts of a pair begin with stands once: a step learns from the same pairs with less padding and fewer tokens, and
-    the less the shorter the rows and the fewer micro-batches. 0 gives each text a row of its own.
+    `packed_length` packs each batch's pairs into rows of so many tokens, or as many as the longest pair takes, in which
+    none sees another and what both texts of a pair begin with stands once: a step learns from the same pairs with less
+    padding and fewer tokens. 0 gives each text a row of its own.
     """
 
     model: Text = "small"
@@ -406,11 +390,6 @@ class RewardConfig(Section):
     reference_samples: Annotated[int, Field(ge=2, strict=True)] = 512
     packed_length: NonNegativeInt = 0
     training: TrainingConfig = TrainingConfig()
-
-    @model_validator(mode="after")
-    def _holds_the_longest(self) -> "RewardConfig":
-        check_packed_length(self.packed_length, 2, "pairs of texts", self.training)
-        return self
 
 
 class RewardAblationConfig(Section):
@@ -460,7 +439,12 @@ class SftConfig(Section):
 
     @model_validator(mode="after")
     def _holds_the_longest(self) -> "SftConfig":
-        check_packed_length(self.packed_length, 1, "demonstrations", self.training)
+        if 0 < self.packed_length < self.training.max_length:
+            raise wrong(
+                "packed_length",
+                f"rows of {self.packed_length} can't hold demonstrations of training.max_length "
+                f"{self.training.max_length}; give as many tokens or more, or 0 for rows of their own",
+            )
         return self
 
 
@@ -486,8 +470,8 @@ class DpoConfig(Section):
     """Direct preference optimisation from the kept pairs, a baseline beside RLSF; off without a `dpo:` section.
 
     `length_normalized` divides log-probs by the number of the response's tokens; `label_smoothing` belongs to the
-    sigmoid objective. `packed_length` packs each batch's pairs into rows of so many tokens, in which a query stands
-    once for both responses; 0 gives each text a row of its own.
+    sigmoid objective. `packed_length` packs each batch's pairs as the reward model's are, a query once for both
+    responses.
     """
 
     beta: Positive = 0.1
@@ -497,11 +481,6 @@ class DpoConfig(Section):
     held_out: NonNegativeInt = 500
     packed_length: NonNegativeInt = 0
     training: DpoTrainingConfig = DpoTrainingConfig()
-
-    @model_validator(mode="after")
-    def _holds_the_longest(self) -> "DpoConfig":
-        check_packed_length(self.packed_length, 2, "pairs of texts", self.training)
-        return self
 
     @model_validator(mode="after")
     def _smoothing_fits(self) -> "DpoConfig":

@@ -293,6 +293,8 @@ def test_filters_run_again_without_new_responses(bench: Bench) -> None:
         "comparisons.sampling.group_batches=3",
         "ppo.micro_batches=2",
         "ppo.judge_micro_batches=2",
+        "reward.packed_length=512",
+        "sft.packed_length=512",
         "sft.training.checkpoint_every=3",
         "ppo.log_every=3",
         "mesh.data=8",

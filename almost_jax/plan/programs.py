@@ -181,7 +181,7 @@ def _sft_step(config: ExperimentConfig, mesh: Mesh) -> Program:
 def _reward_step(config: ExperimentConfig, mesh: Mesh) -> Program:
     settings, training = config.reward, config.reward.training
     if settings.packed_length:
-        batch = _packed_pairs(config, mesh, settings.packed_length)
+        batch = _packed_pairs(config, mesh)
     else:
         shape = (training.batch_size, 2, training.max_length)
         batch = {"tokens": _rows(mesh, shape, jnp.int32), "lengths": _rows(mesh, shape[:2], jnp.int32)}
@@ -189,9 +189,10 @@ def _reward_step(config: ExperimentConfig, mesh: Mesh) -> Program:
     return _supervised(config, mesh, "reward_step", settings.model, training, True, loss, batch)
 
 
-def _packed_pairs(config: ExperimentConfig, mesh: Mesh, length: int) -> dict[str, jax.ShapeDtypeStruct]:
+def _packed_pairs(config: ExperimentConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """What `PackedRows.batch` makes of pairs of the longest texts that begin with nothing alike."""
     training = config.reward.training
+    length = max(config.reward.packed_length, 2 * training.max_length)
     fitting, split = length // (2 * training.max_length), training.micro_batches * row_parts(mesh)
     rows = -(-training.batch_size // (fitting * split)) * split
     names = ["tokens", "positions", "segment_ids"]

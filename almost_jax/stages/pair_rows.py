@@ -24,6 +24,7 @@ from almost_jax.errors import InputError
 from almost_jax.io.batches import enough_rows, first_fit, pad, row_counts
 from almost_jax.io.run import Run
 from almost_jax.sampling.layout import decode_layout
+from almost_jax.stages.training import fixed_length
 
 # Token ids of the chosen and of the rejected text.
 TwoTexts: TypeAlias = tuple[Sequence[int], Sequence[int]]
@@ -132,14 +133,13 @@ def packed_rows(
     Args:
         pairs_at: the pairs of a step, counted from 0.
         steps: how many there are.
-        length: tokens per row.
+        length: tokens per row; as many as the longest pair takes, rounded up, if that is more.
         split: what the number of rows must be a multiple of.
         share: see `PackedRows`.
-
-    Raises:
-        InputError: a pair is longer than a row.
     """
     sizes = [[packed_size(pair, share) for pair in pairs_at(step)] for step in range(steps)]
+    longest = max(map(max, sizes))
+    length = length if longest <= length else fixed_length(longest)
     packed = [first_fit(batch, length) for batch in sizes]
     counts = row_counts([len(batch) for batch in packed], split)
     rows = PackedRows(counts, max(len(row) for batch in packed for row in batch), length, share)

@@ -23,8 +23,8 @@ TASKS = ("sft", "reward", "pairs", "ppo")
 PAIRS = (
     (20, 34, 3), (44, 10, 30), (17, 22, 73), (17, 88, 32), (118, 8, 37), (175, 6, 10), (70, 85, 63), (218, 29, 17)
 )  # fmt: skip
-# Of the rows that ours packs them into: two texts of 256.
-PACKED_LENGTH = 512
+# Of the rows that ours packs them into, which are as long as the longest pair if that is more.
+PACKED_LENGTH = 256
 # Steps of a stage, and of them the timed ones, behind one that compiles.
 DRAWS, TIMED = 200, 10
 

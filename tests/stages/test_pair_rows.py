@@ -105,7 +105,10 @@ def test_rows_that_are_too_few_or_too_short_are_refused() -> None:
     with pytest.raises(InputError, match=f"and up to {shape.pairs} pairs, not .* of up to {shape.pairs - 1}"):
         dataclasses.replace(shape, pairs=shape.pairs - 1).batch(pairs, 0)
     with pytest.raises(InputError, match="sequence 4 has 19 tokens, but rows have room for 18"):
-        packed_rows(lambda _: pairs, 1, 18, 1, True)
+        dataclasses.replace(shape, length=18).batch(pairs, 0)
+    # Rows are never made too short for the longest pair.
+    longer, spent = packed_rows(lambda _: pairs, 1, 5, 1, True)
+    assert longer.length == 24 and spent.places == 24 * len(longer.batch(pairs, 0)["tokens"])
 
 
 @pytest.mark.parametrize(
@@ -247,12 +250,3 @@ def test_packing_that_costs_more_is_said(
     said = run.console.file.getvalue()  # type: ignore[attr-defined]
     # Of a row for each text: two texts of four pairs, 24 tokens each.
     assert "reward: warning: that is 640 places, more than the 192 of a row for each text; give shorter rows" in said
-
-
-@pytest.mark.parametrize("section", ["reward", "as_is_reward"])
-def test_rows_that_cannot_hold_two_of_the_longest_texts_are_refused(
-    make_run: Callable[..., Run], tmp_path: Path, section: str
-) -> None:
-    given = {"packed_length": 127, "training": {"max_length": 64}}
-    with pytest.raises(ValueError, match="127 can't hold pairs of texts of training.max_length 64; give 128 tokens"):
-        make_run(tmp_path, **{section: given})
