@@ -8,6 +8,7 @@ same function on other pairs. Source: ALMoST (arXiv 2305.13735), section 2.2; th
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence, Set
@@ -33,7 +34,7 @@ from almost_jax.stages.dialogues import dialogue_tokens, text_tokens
 from almost_jax.stages.execution import judging_shape, placed_for_training, training_shape, training_spread
 from almost_jax.stages.filters import count_verdicts
 from almost_jax.stages.pair_figures import logged_figures, pair_figures
-from almost_jax.stages.pair_rows import PairTokens, packed_rows, pair_batch, pair_loss_sums, say_of_packing
+from almost_jax.stages.pair_rows import PairTokens, TwoTexts, packed_rows, pair_batch, pair_loss_sums, say_of_packing
 from almost_jax.stages.templates import Turn, render
 from almost_jax.stages.training import (
     LENGTH_MULTIPLE,
@@ -265,9 +266,12 @@ def train_reward_model(
     total_steps = steps or count_steps(training, len(train))
     shape = training_shape(source.config, settings, mesh)
 
-    def pairs_at(step: int) -> list[PairTokens]:
+    def texts_at(step: int) -> list[TwoTexts]:
         chosen = [train[index] for index in batch_indices(step, batch_size, len(train), batches_seed)]
-        return [PairTokens.scored(rows[pair.chosen], rows[pair.rejected]) for pair in chosen]
+        return [(rows[pair.chosen], rows[pair.rejected]) for pair in chosen]
+
+    def pairs_at(step: int) -> list[PairTokens]:
+        return list(itertools.starmap(PairTokens.scored, texts_at(step)))
 
     if packed_length:
         # A number of rows that every device and every micro-batch can have its share of.
@@ -278,8 +282,7 @@ def train_reward_model(
     def batch_at(step: int) -> dict[str, np.ndarray]:
         if packed_length:
             return packed.batch(pairs_at(step), tokenizer.pad_id)
-        texts = [(pair.chosen, pair.rejected) for pair in pairs_at(step)]
-        return pair_batch(texts, length, tokenizer.pad_id)
+        return pair_batch(texts_at(step), length, tokenizer.pad_id)
 
     def scores(params: Params, texts: Sequence[str]) -> np.ndarray:
         if not texts:
