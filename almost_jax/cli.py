@@ -1,197 +1,171 @@
-"""The command line: runs and sweeps, checkpoints in and out, generate, score, evaluate, chat, plan, doctor."""
+"""The command line: runs and sweeps, checkpoints in and out, generate, score, evaluate, chat, plan, doctor.
 
-import datetime
+Most of a command's start is importing what it needs, so that only the one that is asked for is imported.
+"""
+
 import errno
 import os
 import sys
-from pathlib import Path
-from typing import Annotated
+from collections.abc import Callable
+from typing import Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
-from almost_jax.commands import chat, evaluate, generate, harness, judge, models, scoring
-from almost_jax.commands.doctor import doctor_command
-from almost_jax.commands.places import keep_compiled_programs, on_disk
-from almost_jax.commands.plan import plan_command
-from almost_jax.errors import InputError, TrainingDiverged
-from almost_jax.experiments import load_experiment, load_sweep
-from almost_jax.folder import is_locked, read_status
-from almost_jax.io.distributed import from_primary, initialize, is_primary, several
-from almost_jax.pipeline import make_plan, run_experiment
-from almost_jax.report import page, sweep
-
-RUNS = Path("runs")
+from almost_jax.errors import InputError, TrainingDiverged, complain
 
 # What a shell is told: bad input, a run that failed, a run that was interrupted.
 BAD_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 
-app = typer.Typer(
-    help="ALMoST in JAX: align a language model through synthetic feedback (arXiv 2305.13735).",
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-)
-
-Experiment = Annotated[Path, typer.Argument(help="The experiment's yaml file.", metavar="EXPERIMENT", callback=on_disk)]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Values to change, as in ppo.kl_coef=0.1.", metavar="[a.b=v]...")
-]
-Out = Annotated[Path | None, typer.Option(help="The run's folder; runs/NAME when not given.", callback=on_disk)]
-Folder = Annotated[Path, typer.Argument(help="The run's folder.", metavar="DIR", callback=on_disk)]
-Tensorboard = Annotated[bool, typer.Option("--tensorboard", help="Write metrics for TensorBoard too.")]
-
-
-@app.command("run")
-def run_command(
-    experiment: Experiment,
-    overrides: Overrides = None,
-    out: Out = None,
-    until: Annotated[str | None, typer.Option(help="The last stage to run.", metavar="STAGE")] = None,
-    tensorboard: Tensorboard = False,
-) -> None:
-    """Run an experiment: finished stages are skipped, an interrupted one goes on, stale ones run anew and say why."""
-    config = load_experiment(experiment, overrides or [])
-    directory = out or RUNS / config.name
-    initialize()
-    console = _console()
-    keep_compiled_programs()
-    status = run_experiment(config, directory, until, tensorboard, console)
-    if status.get("report", {}).get("state") == "done" and until in (None, "report"):
-        table = from_primary(lambda: page.summary_table(directory))
-        _show(console, f"\n{table}\n\n{directory / 'report.html'}")
+# What the list of commands says of each.
+COMMANDS = {
+    "run": "Run an experiment, or go on with one that was stopped.",
+    "sweep": "Run every point of an experiment's `sweep:`, with one table.",
+    "status": "Show where a run stands.",
+    "report": "Build a run's report anew, and print its final table.",
+    "import": "Bring a model in: a Hugging Face folder or name, or a GGUF file.",
+    "export": "Take a model out: a folder that transformers loads.",
+    "generate": "Continue prompts, a file in and a file out.",
+    "score": "Score completions: log-probs, and a reward model's score.",
+    "evaluate": "One evaluation of one model: HHH, TruthfulQA, Vicuna's questions.",
+    "chat": "Talk to a model.",
+    "lm-eval": "lm-evaluation-harness with our model class.",
+    "plan": "Compile an experiment's programs for a TPU that isn't there.",
+    "doctor": "Check this machine, and a model with its tokenizer on it.",
+    "judge": "Judge two models' answers over an OpenAI-compatible endpoint.",
+    "reviews": "Count recorded reviews, and how far another judge agrees.",
+}
 
 
-@app.command("sweep")
-def sweep_command(
-    experiment: Experiment, overrides: Overrides = None, out: Out = None, tensorboard: Tensorboard = False
-) -> None:
-    """Run every point of an experiment's `sweep:`, then write and print one table over all of them."""
-    found = load_sweep(experiment, overrides or [])
-    directory = out or RUNS / found.name
-    initialize()
-    console = _console()
-    keep_compiled_programs()
-    finished: list[tuple[str, Path]] = []
-    for number, (name, config) in enumerate(found.points, start=1):
-        _show(console, f"\npoint {number}/{len(found.points)}: {name}")
-        try:
-            run_experiment(config, directory / name, None, tensorboard, console)
-        except TrainingDiverged as error:
-            # The other points say whether this is the setting's fault.
-            _complain(f"point {name}: {error}")
+def find_command(name: str) -> Callable[..., Any] | typer.Typer:
+    """A command's function, or the application of a group of commands; what it needs is imported now.
+
+    Args:
+        name: one of COMMANDS.
+    """
+    match name:
+        case "run":
+            from almost_jax.commands.runs import run_command
+
+            return run_command
+        case "sweep":
+            from almost_jax.commands.runs import sweep_command
+
+            return sweep_command
+        case "status":
+            from almost_jax.commands.runs import status_command
+
+            return status_command
+        case "report":
+            from almost_jax.commands.runs import report_command
+
+            return report_command
+        case "import":
+            from almost_jax.commands.models import import_command
+
+            return import_command
+        case "export":
+            from almost_jax.commands.models import export_command
+
+            return export_command
+        case "generate":
+            from almost_jax.commands.generate import generate_command
+
+            return generate_command
+        case "score":
+            from almost_jax.commands.scoring import score_command
+
+            return score_command
+        case "evaluate":
+            from almost_jax.commands.evaluate import app
+
+            return app
+        case "chat":
+            from almost_jax.commands.chat import chat_command
+
+            return chat_command
+        case "lm-eval":
+            from almost_jax.commands.harness import harness_command
+
+            return harness_command
+        case "plan":
+            from almost_jax.commands.plan import plan_command
+
+            return plan_command
+        case "doctor":
+            from almost_jax.commands.doctor import doctor_command
+
+            return doctor_command
+        case "judge":
+            from almost_jax.commands.judge import vicuna_command
+
+            return vicuna_command
+        case "reviews":
+            from almost_jax.commands.judge import reviews_command
+
+            return reviews_command
+        case _:
+            raise KeyError(name)
+
+
+def application(name: str | None) -> typer.Typer:
+    """The command line with one command in place; of the others there is what the list of commands says of them.
+
+    Args:
+        name: the command that is asked for; None, or one that there isn't, for none.
+    """
+    made = typer.Typer(
+        help="ALMoST in JAX: align a language model through synthetic feedback (arXiv 2305.13735).",
+        add_completion=False,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+    )
+    for own, line in COMMANDS.items():
+        found = find_command(own) if own == name else _not_asked_for
+        if isinstance(found, typer.Typer):
+            made.add_typer(found, name=own, short_help=line)
             continue
-        finished.append((name, directory / name))
-    if not finished:
-        raise TrainingDiverged(f"{directory}: every point diverged")
-    table = from_primary(lambda: sweep.write_sweep(directory, finished))
-    _show(console, f"\n{table}")
-    if len(finished) < len(found.points):
-        raise typer.Exit(FAILED)
+        # What lm-eval takes is the harness's business.
+        context = {"ignore_unknown_options": own == "lm-eval"}
+        made.command(own, short_help=line, context_settings=context)(found)
+    return made
 
 
-@app.command("status")
-def status_command(folder: Folder) -> None:
-    """Show where a run stands."""
-    status = read_status(folder)
-    if not status and not (folder / "config.yaml").exists():
-        raise InputError(f"{folder}: is no run's folder (it has neither status.json nor config.yaml)")
-    plans = make_plan(load_experiment(folder / "config.yaml", []), folder, status)
-    running = is_locked(folder)
-    table = Table(box=None, pad_edge=False)
-    for column in ("stage", "state", "time", "steps", "note"):
-        table.add_column(column, overflow="fold")
-    for plan in plans:
-        entry = status.get(plan.stage.name, {"state": "pending"})
-        state, note = entry["state"], entry.get("error") or ""
-        if state == "running" and not running:
-            state, note = "interrupted", "goes on with the next run"
-        if plan.action == "stale":
-            state, note = "stale", plan.why
-        elif state == "done" and plan.why:
-            state, note = "incomplete", plan.why
-        seconds = entry.get("seconds")
-        steps = entry.get("steps")
-        cells = (
-            plan.stage.name,
-            state,
-            "" if seconds is None else str(datetime.timedelta(seconds=round(seconds))),
-            f"{steps['done']}/{steps['total']}" if steps else "",
-            note,
-        )
-        table.add_row(*(Text(cell) for cell in cells))
-    console = _console()
-    if not console.is_terminal:
-        # A file or a pipe has no width; reasons stay on their line.
-        console.width = 1000
-    console.print(table)
-
-
-@app.command("report")
-def report_command(folder: Folder) -> None:
-    """Build a run's report.html and report.md anew, and print the final table."""
-    if not (folder / "config.yaml").exists():
-        raise InputError(f"{folder}: is no run's folder (it has no config.yaml)")
-    built = page.build(folder)
-    _show(_console(), f"{page.summary_table(folder)}\n\n{built}")
-
-
-app.command("import")(models.import_command)
-app.command("export")(models.export_command)
-app.command("generate")(generate.generate_command)
-app.command("score")(scoring.score_command)
-app.command("chat")(chat.chat_command)
-app.add_typer(evaluate.app, name="evaluate")
-# What it takes is the harness's business.
-app.command("lm-eval", context_settings={"ignore_unknown_options": True})(harness.harness_command)
-app.command("plan")(plan_command)
-app.command("doctor")(doctor_command)
-app.command("judge")(judge.vicuna_command)
-app.command("reviews")(judge.reviews_command)
+def _not_asked_for() -> None:
+    raise AssertionError("another command was asked for")
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run a command and exit: 0, or 1 for a failed run, 2 for bad input, 130 when interrupted."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
+        # Before a command stands nothing but --help.
+        app = application(next((word for word in arguments if not word.startswith("-")), None))
         code = app(args=arguments, prog_name="almost-jax", standalone_mode=False)
     except InputError as error:
-        _complain(str(error))
+        complain(str(error))
         code = BAD_INPUT
     except TrainingDiverged as error:
-        _complain(str(error))
+        complain(str(error))
         code = FAILED
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         # Whatever was being written has a name of its own until it is whole.
         where = f"{error.filename}: " if error.filename else ""
-        _complain(f"{where}{error.strerror}; nothing finished is lost: make room, and the same command goes on")
+        complain(f"{where}{error.strerror}; nothing finished is lost: make room, and the same command goes on")
         code = FAILED
+    except KeyboardInterrupt:
+        # While a command was being imported; later on Typer turns Ctrl-C into this code.
+        code = INTERRUPTED
     except typer.TyperException as error:
-        _complain(f"{error.format_message()} (see almost-jax --help)")
+        complain(f"{error.format_message()} (see almost-jax --help)")
         code = BAD_INPUT
-    # Typer turns Ctrl-C into this code.
     if code == INTERRUPTED:
-        _complain("interrupted; nothing finished is lost, the same command goes on from here")
-    if code and several():
+        complain("interrupted; nothing finished is lost, the same command goes on from here")
+    distributed = sys.modules.get("almost_jax.io.distributed")
+    if code and distributed is not None and distributed.several():
         # A process that leaves the others behind must not wait for them: whoever started it stops them.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code or 0)
-
-
-def _console() -> Console:
-    # Of several processes one speaks; what goes wrong is told by whoever it happens to.
-    return Console(highlight=False, quiet=not is_primary())
-
-
-def _show(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
-
-
-def _complain(message: str) -> None:
-    """One line on standard error."""
-    print(f"almost-jax: {' '.join(message.split())}", file=sys.stderr)

@@ -1,4 +1,6 @@
-"""The one exception that means "the input is wrong, and here is what would be right"."""
+"""The one exception that means "the input is wrong, and here is what would be right", and how a user is told."""
+
+import sys
 
 
 class InputError(ValueError):
@@ -11,3 +13,8 @@ class InputError(ValueError):
 
 class TrainingDiverged(RuntimeError):
     """A loss, a KL or a reward stopped being finite; the message names the step and the last good checkpoint."""
+
+
+def complain(message: str) -> None:
+    """Say what is wrong in one line on standard error."""
+    print(f"almost-jax: {' '.join(message.split())}", file=sys.stderr)

@@ -14,6 +14,7 @@ import typer
 import yaml
 
 from almost_jax import cli, pipeline
+from almost_jax.commands import runs
 from almost_jax.commands.harness import _on_disk
 from almost_jax.commands.places import on_disk
 from almost_jax.errors import InputError
@@ -47,7 +48,7 @@ def bucket(tmp_path: Path, micro_experiment: Path, monkeypatch: pytest.MonkeyPat
     folder = tmp_path / "gcs" / "shelf"
     folder.mkdir(parents=True)
     monkeypatch.setenv(paths.VARIABLE, str(folder.parent))
-    monkeypatch.setattr(cli, "keep_compiled_programs", lambda: None)
+    monkeypatch.setattr(runs, "keep_compiled_programs", lambda: None)
     for name in MODELS:
         (tmp_path / name).rename(folder / name)
     base = folder / "base.yaml"
@@ -74,18 +75,19 @@ def idle(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(page, "summary_table", lambda directory: "the table")
 
 
-def commands(app: typer.Typer) -> Iterator[Callable[..., Any]]:
-    for one in app.registered_commands:
-        assert one.callback is not None
-        yield one.callback
-    for group in app.registered_groups:
-        assert group.typer_instance is not None
-        yield from commands(group.typer_instance)
+def commands() -> Iterator[Callable[..., Any]]:
+    for found in map(cli.find_command, cli.COMMANDS):
+        if not isinstance(found, typer.Typer):
+            yield found
+            continue
+        for one in found.registered_commands:
+            assert one.callback is not None
+            yield one.callback
 
 
 def test_every_path_that_a_command_takes_may_be_in_a_bucket() -> None:
     found = 0
-    for callback in commands(cli.app):
+    for callback in commands():
         hints = typing.get_type_hints(callback, include_extras=True)
         for name in inspect.signature(callback).parameters:
             kind, *said = typing.get_args(hints[name]) or (hints[name],)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from almost_jax import cli, pipeline
+from almost_jax.commands import runs
 from almost_jax.errors import InputError, TrainingDiverged
 from almost_jax.io.run import Run
 from almost_jax.pipeline import STAGES
@@ -33,7 +34,23 @@ def command(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int
 
 @pytest.fixture(autouse=True)
 def _tests_keep_their_own_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "keep_compiled_programs", lambda: None)
+    monkeypatch.setattr(runs, "keep_compiled_programs", lambda: None)
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_is_found_and_says_how_it_is_used(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    code, out, _ = command(capsys, name, "--help")
+    assert code == 0 and out.startswith(f"Usage: almost-jax {name} [OPTIONS]") and len(out.splitlines()) > 6
+
+
+def test_the_list_of_commands_says_a_line_of_each_and_imports_none() -> None:
+    code = "import sys; from almost_jax import cli\ntry: cli.main()\nfinally: assert 'jax' not in sys.modules"
+    listed = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=False)
+    shown = listed.stdout.partition("Commands:")[2].splitlines()[1:]
+    assert [line.split()[0] for line in shown] == list(cli.COMMANDS), listed.stderr
+    mistaken = subprocess.run([sys.executable, "-c", code, "rn"], capture_output=True, text=True, check=False)
+    assert mistaken.returncode == 2
+    assert mistaken.stderr == "almost-jax: No such command 'rn'. Did you mean 'run'? (see almost-jax --help)\n"
 
 
 @pytest.fixture

@@ -75,11 +75,12 @@ class Processes:
         self.devices = devices
 
     def start(self, name: str, processes: int) -> subprocess.Popen[str]:
+        flags = [flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag]
         environment = {
             **os.environ,
             "JAX_PLATFORMS": "cpu",
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={self.devices // processes}",
+            "XLA_FLAGS": " ".join([*flags, f"--xla_force_host_platform_device_count={self.devices // processes}"]),
             "XDG_CACHE_HOME": str(CACHE),
             "PYTHONPATH": str(ROOT),
         }

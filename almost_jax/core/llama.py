@@ -176,6 +176,7 @@ def _boxed(config: LlamaConfig, key: Array) -> Params:
     return params
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def init_params(config: LlamaConfig, key: Array) -> Params:
     """Fresh float32 parameters: normal(initializer_range) matrices, ones for norms."""
     params: Params = nn.meta.unbox(_boxed(config, key))

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.stats import beta
-from scipy.stats import t as student
+from scipy.special import betaincinv, stdtrit
 
 LEVEL = 0.95
 _CHUNK = 64  # resamples drawn at once: bounds the index matrix at _CHUNK x queries
@@ -135,8 +134,8 @@ def exact_interval(share: float, n: float) -> list[float]:
     """
     hits = min(max(share, 0.0), 1.0) * n
     tail = (1 - LEVEL) / 2
-    low = float(beta.ppf(tail, hits, n - hits + 1)) if hits > 0 else 0.0
-    high = float(beta.ppf(1 - tail, hits + 1, n - hits)) if hits < n else 1.0
+    low = float(betaincinv(hits, n - hits + 1, tail)) if hits > 0 else 0.0
+    high = float(betaincinv(hits + 1, n - hits, 1 - tail)) if hits < n else 1.0
     return [low, high]
 
 
@@ -218,7 +217,7 @@ def t_interval(values: Sequence[float]) -> dict[str, Any]:
     mean, size = float(np.mean(values)), len(values)
     if size == 1:
         return {"mean": mean, "ci95": None, "n": 1}
-    half = float(student.ppf(0.5 + LEVEL / 2, size - 1)) * float(np.std(values, ddof=1)) / math.sqrt(size)
+    half = float(stdtrit(size - 1, 0.5 + LEVEL / 2)) * float(np.std(values, ddof=1)) / math.sqrt(size)
     return {"mean": mean, "ci95": [mean - half, mean + half], "n": size}
 
 

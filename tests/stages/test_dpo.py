@@ -142,6 +142,11 @@ def test_28_packed_it_takes_the_same_steps_and_resumes_to_the_byte(
     for ours, theirs in zip(
         read_records(whole.path("dpo", "metrics.jsonl")), read_records(plain.path("dpo", "metrics.jsonl")), strict=True
     ):
+        if ours["step"] <= 2:
+            # The first step's learning rate is 0: until then policy and reference are one, and rounding alone decides
+            # which margins are above 0.
+            assert max(abs(ours["margin"]), abs(theirs["margin"])) < 1e-5
+            ours["accuracy"] = theirs["accuracy"]
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
     assert "dpo: 8 pairs in 4 rows of 64 tokens a step" in whole.console.file.getvalue()  # type: ignore[attr-defined]
     packed_batch, calls = dpo.packed_batch, list[int]()

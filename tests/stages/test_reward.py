@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from scipy.stats import spearmanr
 
 from almost_jax.config import MeshConfig
 from almost_jax.core.heads import add_head
@@ -269,6 +270,10 @@ def test_a_scorer_of_length_alone_is_called_out_and_a_good_one_is_not() -> None:
         pair_figures.length_correlation(margins, gaps)
     )
     assert pair_figures.length_correlation(np.zeros(4), np.arange(4)) == 0.0
+    # Equal values share a rank.
+    rounded = np.round(margins)
+    expected = spearmanr(np.concatenate([rounded, -rounded]), np.concatenate([gaps, -gaps])).statistic
+    assert pair_figures.length_correlation(rounded, gaps) == pytest.approx(expected, rel=1e-12)
 
 
 def test_all_figures_of_held_out_pairs_are_logged_and_length_alone_is_said(
