@@ -152,7 +152,7 @@ def _as_is_scores(run: Run, queries: Sequence[Record], responses: Sequence[Recor
     if not run.exists("as_is_reward", "model"):
         return None
     model = load_reward_model(run, "as_is_reward", alone=True)
-    scorer = RewardScorer(model, run.config.as_is_reward.training.batch_size)
+    scorer = RewardScorer(model, run.config.as_is_reward.training.batch_size, run.say)
     texts = {query["id"]: query["text"] for query in queries}
     dialogues: list[list[Turn]] = [
         [{"role": "human", "text": texts[record["query_id"]]}, {"role": "assistant", "text": record["text"]}]

@@ -164,8 +164,8 @@ def load_scorers(run: Run, truth: Truth | None) -> Scorers:
     batch = run.config.evaluation.sampling.batch_size
     as_is = "as_is_reward/model"
     return Scorers(
-        RewardScorer(trained_model(run, "reward/model"), batch),
-        RewardScorer(trained_model(run, as_is), batch) if run.exists(as_is) else None,
+        RewardScorer(trained_model(run, "reward/model"), batch, run.say),
+        RewardScorer(trained_model(run, as_is), batch, run.say) if run.exists(as_is) else None,
         truth,
     )
 

@@ -155,7 +155,7 @@ def _scored(
         for name in names:
             run.say(f"{NAME}: scoring {len(texts)} held-out texts with the model of {name}")
             model = load_reward_model(run, f"{NAME}/{name}", alone=True)
-            scorer = RewardScorer(model, 2 * run.config.reward.training.batch_size)
+            scorer = RewardScorer(model, 2 * run.config.reward.training.batch_size, run.say)
             found = scorer.score_tokens([rows[text] for text in texts])
             scores[name] = dict(zip(texts, found.tolist(), strict=True))
     return [

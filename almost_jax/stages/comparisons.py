@@ -162,7 +162,7 @@ def run_stage(run: Run) -> dict[str, Any]:
         return _comparisons_summary(path)
     scorer = None
     if run.config.filters.as_is:
-        scorer = RewardScorer(load_reward_model(run, "as_is_reward", alone=True), chunk)
+        scorer = RewardScorer(load_reward_model(run, "as_is_reward", alone=True), chunk, run.say)
     expected = (f"{query['id']}/{ranking.better}/{ranking.worse}" for query in queries for ranking in ranked)
     with RecordWriter(path, key=comparison_key) as writer:
         _check_resumed(map(comparison_key, writer.written()), expected, f"{path}.partial")

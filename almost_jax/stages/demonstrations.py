@@ -95,7 +95,8 @@ def run_stage(run: Run) -> dict[str, Any]:
     """Play guided, and plain for the baseline: queries.jsonl, reward/model -> demonstrations(_self_play).jsonl."""
     config = run.config.demonstrations
     with jax.set_mesh(run.sampling_mesh):
-        scorer = RewardScorer(load_reward_model(run, "reward", alone=True), run.config.reward.training.batch_size)
+        model = load_reward_model(run, "reward", alone=True)
+        scorer = RewardScorer(model, run.config.reward.training.batch_size, run.say)
         summary = {"guided": play(run, "demonstrations", config.n, scorer)}
         if config.baseline:
             summary["self_play"] = play(run, "demonstrations_self_play", 1, None)

@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 import jax
@@ -63,13 +63,25 @@ class Pair:
 
 
 class RewardScorer:
-    """Normalised scores of dialogues under a reward model."""
+    """Normalised scores of dialogues under a reward model.
 
-    def __init__(self, model: Model, batch_size: int) -> None:
+    A row that is longer than the model's positions is scored by its end, as many tokens as there are positions.
+
+    Args:
+        model: the reward model.
+        batch_size: rows per forward pass.
+        say: told of the first row that is too long, in one line.
+
+    Raises:
+        InputError: the model is a policy.
+    """
+
+    def __init__(self, model: Model, batch_size: int, say: Callable[[str], None]) -> None:
         if model.kind != "reward":
             raise InputError(f"model {model.name!r} is a {model.kind}, but scoring needs a reward model")
         self.model = model
         self.batch_size = batch_size
+        self._say, self._said = say, False
         platform = next(iter(jax.tree.leaves(model.params)[0].devices())).platform
         self._params, self._config = decode_layout(model.params, model.config, platform)
 
@@ -95,8 +107,16 @@ class RewardScorer:
         """Score rows of token ids that end with the end of text: [n] float32, normalised."""
         if not sequences:
             return np.zeros((0,), np.float32)
+        positions, longest = self.model.config.max_position_embeddings, max(map(len, sequences))
+        if longest > positions and not self._said:
+            self._said = True
+            self._say(
+                f"a dialogue of {longest} tokens is longer than the {positions} positions of the reward model "
+                f"{self.model.name}: it, and others like it, are scored by their last {positions}"
+            )
+        rows = [row[-positions:] for row in sequences]
         raw = score_sequences(
-            self._params, self._config, sequences, batch_size=self.batch_size, multiple=LENGTH_MULTIPLE
+            self._params, self._config, rows, batch_size=self.batch_size, multiple=LENGTH_MULTIPLE
         )
         return normalize(raw, self.model.reward_mean, self.model.reward_std)
 

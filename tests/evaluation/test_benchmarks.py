@@ -107,7 +107,7 @@ def test_25_hhh_the_total_decides_per_token_stands_beside_and_order_changes_noth
 
 def test_hhh_by_a_reward_model(reward: Model):
     items = hhh.judge(reward, COMPARISONS, 2)
-    scorer = RewardScorer(reward, 2)
+    scorer = RewardScorer(reward, 2, print)
     for item, comparison in zip(items, COMPARISONS, strict=True):
         turns = hhh.dialogue(comparison["input"])
         expected = scorer.score([[*turns, {"role": "assistant", "text": text}] for text in item["choices"]])

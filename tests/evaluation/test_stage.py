@@ -54,7 +54,7 @@ def test_28_it_scores_every_system_and_demonstration_and_resumes_to_the_byte(ask
     # The demonstrations' turns have the scores that a scorer gives them behind their dialogue.
     played = read_records(run.path("evaluation", "played.jsonl"))
     turns = read_records(run.path("demonstrations.jsonl"))[0]["turns"]
-    scorer = RewardScorer(load_reward_model(run, "reward"), 4)
+    scorer = RewardScorer(load_reward_model(run, "reward"), 4, print)
     expected = scorer.score([[{"role": turn["role"], "text": turn["text"]} for turn in turns]])
     assert [item["system"] for item in played] == ["self_play", "reward_guided"]
     np.testing.assert_allclose([item["reward"] for item in played], [expected[0]] * 2, rtol=1e-6)

@@ -207,7 +207,7 @@ def test_comparisons_are_pairs_of_responses_with_margins_of_the_as_is_model(comp
         texts.setdefault(record["query_id"], {})[record["configuration"]] = record["text"]
     queries = {record["id"]: record["text"] for record in read_records(run.path("queries.jsonl"))}
     records = read_records(run.path("comparisons.jsonl"))
-    scorer = RewardScorer(load_reward_model(run, "as_is_reward"), 3)
+    scorer = RewardScorer(load_reward_model(run, "as_is_reward"), 3, print)
     assert len(records) == summary["pairs"] == 3 * 24
 
     def score(query: str, text: str) -> float:

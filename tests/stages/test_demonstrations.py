@@ -197,9 +197,9 @@ def test_28_self_play_stopped_and_resumed_is_the_same_to_the_byte(
 def test_guided_scores_are_the_reward_models(with_reward_model: Callable[[Path], Run], tmp_path: Path) -> None:
     run = with_reward_model(tmp_path)
     summary = demonstrations.play(
-        run, "guided", 3, reward.RewardScorer(reward.load_reward_model(run, "reward"), 4)
+        run, "guided", 3, reward.RewardScorer(reward.load_reward_model(run, "reward"), 4, print)
     )
-    scorer = reward.RewardScorer(reward.load_reward_model(run, "reward"), 7)
+    scorer = reward.RewardScorer(reward.load_reward_model(run, "reward"), 7, print)
     for record in read_records(run.path("guided.jsonl")):
         for place, turn in enumerate(record["turns"]):
             if turn["role"] == "assistant":

@@ -36,7 +36,7 @@ def scorer(make_run: Callable[..., Run], tmp_path: Path) -> RewardScorer:
     source = run.model("small")
     params = add_head(source.params, source.config, jax.random.key(3), stddev=0.4)
     model = dataclasses.replace(source, params=params, kind="reward", reward_mean=0.7, reward_std=1.9)
-    return RewardScorer(model, batch_size=4)
+    return RewardScorer(model, 4, print)
 
 
 def test_12_input_is_the_dialogue_and_the_end_of_text_where_the_score_is_read(scorer: RewardScorer) -> None:
@@ -72,7 +72,23 @@ def test_12_an_empty_response_has_a_score_and_no_turn_is_an_error(scorer: Reward
 
 def test_12_a_policy_is_not_a_scorer(make_run: Callable[..., Run], tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is a policy"):
-        RewardScorer(make_run(tmp_path).model("small"), 4)
+        RewardScorer(make_run(tmp_path).model("small"), 4, print)
+
+
+def test_a_dialogue_longer_than_the_positions_is_scored_by_its_end_and_that_is_said_once(
+    scorer: RewardScorer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = dataclasses.replace(scorer.model.config, max_position_embeddings=16)
+    short = RewardScorer(dataclasses.replace(scorer.model, config=config), 4, print)
+    asked = [dialogue("what is red", "a bird " * count) for count in (2, 9, 5)]
+    rows = [dialogues.dialogue_tokens(scorer.model.tokenizer, one) for one in asked]
+    assert [len(row) > 16 for row in rows] == [False, True, True]
+    np.testing.assert_allclose(short.score_tokens(rows), scorer.score_tokens([row[-16:] for row in rows]), atol=1e-6)
+    short.score_tokens(rows)
+    said = f"a dialogue of {len(rows[1])} tokens is longer than the 16 positions of the reward model {short.model.name}"
+    assert capsys.readouterr().out.count(said) == 1
+    scorer.score_tokens(rows)
+    assert capsys.readouterr().out == ""
 
 
 def test_14_normalised_reference_scores_have_mean_0_and_std_1_also_after_loading(
@@ -90,16 +106,16 @@ def test_14_normalised_reference_scores_have_mean_0_and_std_1_also_after_loading
     loaded = reward.load_reward_model(run, "reward")
     assert loaded.score_at_end, "where it was trained to be read"
     assert loaded.kind == "reward"
-    scores = RewardScorer(loaded, 8).score_tokens(
+    scores = RewardScorer(loaded, 8, print).score_tokens(
         [dialogues.text_tokens(loaded.tokenizer, text) for text in texts]
     )
     assert float(scores.mean()) == pytest.approx(0.0, abs=1e-4)
     assert float(scores.std()) == pytest.approx(1.0, abs=1e-4)
     assert loaded.reward_std == summary["reward_std"] != 1.0
     # What the stage reports of held-out pairs is what the saved model says.
-    margins = RewardScorer(loaded, 8).score_tokens(
+    margins = RewardScorer(loaded, 8, print).score_tokens(
         [dialogues.text_tokens(loaded.tokenizer, pair.chosen) for pair in test]
-    ) - RewardScorer(loaded, 8).score_tokens(
+    ) - RewardScorer(loaded, 8, print).score_tokens(
         [dialogues.text_tokens(loaded.tokenizer, pair.rejected) for pair in test]
     )
     assert summary["held_out"] == len(test) == 8

@@ -87,7 +87,7 @@ def test_margins_are_those_of_the_saved_models(ablated_run: Callable[..., Run], 
     for name, margin in record["margins"].items():
         model = reward.load_reward_model(run, f"reward_ablation/{name}")
         rows = [text_tokens(model.tokenizer, text) for text in (pair.chosen, pair.rejected)]
-        chosen, rejected = reward.RewardScorer(model, 2).score_tokens(rows)
+        chosen, rejected = reward.RewardScorer(model, 2, print).score_tokens(rows)
         assert margin == pytest.approx(float(chosen - rejected), abs=1e-4)
     assert len({round(margin, 6) for margin in record["margins"].values()}) == 3
 

@@ -409,7 +409,7 @@ def test_critic_from_the_reward_model_starts_as_the_reward_model(make_ppo: Calla
     # Read at the last token of a text its value is the normalised score.
     tokens = jnp.array([dialogues_tokens(actors)], jnp.int32)
     value = rollouts.response_values(state.critic.params, actors.players, tokens, jnp.array([tokens.shape[1]]), 1)
-    expected = reward.RewardScorer(actors.reward, 1).score_tokens(tokens.tolist())
+    expected = reward.RewardScorer(actors.reward, 1, print).score_tokens(tokens.tolist())
     assert float(value[0, 0]) == pytest.approx(float(expected[0]), abs=1e-5)
 
 
