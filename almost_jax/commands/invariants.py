@@ -172,16 +172,16 @@ def check_cache(model: Model) -> Check:
         # With a prefix, the rows share their beginning: that of the first one.
         shared = jnp.broadcast_to(tokens[:1, :prefix], (len(rows), prefix))
         whole = jnp.concatenate([shared, tokens[:, prefix:]], axis=1)
-        full = _logits(model.params, model.config, whole)[:, prefix:]
-        found = _cached_logits(model.params, model.config, whole, prefix)
-        worst = max(worst, float(jnp.max(jnp.abs(full - found)) / jnp.maximum(jnp.max(jnp.abs(full)), 1.0)))
+        full = np.asarray(_logits(model.params, model.config, whole)[:, prefix:])
+        found = np.asarray(_cached_logits(model.params, model.config, whole, prefix))
+        worst = _worst(worst, np.abs(full - found).max() / max(float(np.abs(full).max()), 1.0))
     return _within(name, worst, "largest difference of logits", _SLOPPY)
 
 
 def check_logprobs(model: Model) -> Check:
     """7. The log-probs that the sampler reports are those of scoring its tokens anew, at the same temperature."""
     completions = _sampled(model, TEMPERATURE)
-    worst = max(float(np.max(np.abs(ours - theirs))) for ours, theirs in _rescored(model, completions, TEMPERATURE))
+    worst = _worst(*(np.max(np.abs(ours - theirs)) for ours, theirs in _rescored(model, completions, TEMPERATURE)))
     count = sum(len(completion.tokens) for completion in completions)
     return _within("7 the sampler's log-probs are the trainer's", worst, f"{count} tokens, largest difference", _SLOPPY)
 
@@ -198,7 +198,7 @@ def check_ratio(model: Model) -> Check:
         ]  # fmt: skip
         for left, right in zip(together, alone, strict=True):
             kl = np.asarray(kl_estimates(jnp.asarray(left), jnp.asarray(right), "k1"))
-            worst = max(worst, float(np.max(np.abs(kl))), float(np.max(np.abs(np.exp(left - right) - 1.0))))
+            worst = _worst(worst, np.max(np.abs(kl)), np.max(np.abs(np.exp(left - right) - 1.0)))
     return _within("16 policy = reference: KL 0, ratio 1", worst, "largest KL or |ratio - 1|", _SLOPPY)
 
 
@@ -228,8 +228,8 @@ def check_devices(model: Model, devices: Sequence[jax.Device]) -> Check:
             continue
         scale = max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(expected[0])) or 1.0
         for left, right in zip(jax.tree.leaves(grads), jax.tree.leaves(expected[0]), strict=True):
-            worst = max(worst, float(np.abs(left - right).max()) / scale)
-        worst = max(worst, abs(float(loss - expected[1])) / max(abs(float(expected[1])), 1.0))
+            worst = _worst(worst, np.abs(left - right).max() / scale)
+        worst = _worst(worst, abs(float(loss - expected[1])) / max(abs(float(expected[1])), 1.0))
         if drawn != sampled:
             wrong = sum(ours != theirs for ours, theirs in zip(drawn, sampled, strict=True))
             shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
@@ -242,6 +242,11 @@ _SLOPPY = (
     "numbers of this size come from matrix products in few bits: compute in float32 and leave "
     "jax_default_matmul_precision alone or at 'highest'; if it is float32 already, please report it with this line"
 )
+
+
+def _worst(*differences: Any) -> float:
+    """The largest of some numbers; NaN where one of them is NaN, which `max` may pass over."""
+    return float(np.max([float(found) for found in differences]))
 
 
 def _within(name: str, worst: float, what: str, fix: str) -> Check:

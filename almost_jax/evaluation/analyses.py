@@ -24,6 +24,7 @@ from almost_jax.evaluation.statistics import (
     share_interval,
     weighted_clusters,
 )
+from almost_jax.sampling.selection import best_of
 from almost_jax.stages.pair_figures import GAP_EDGES
 
 Item = dict[str, Any]
@@ -305,14 +306,18 @@ def beside_rlsf(
 
 
 def _choices(items: Sequence[Item]) -> list[Item]:
-    """The reward model's choice among each query's samples; ties go to the earlier sample."""
-    return [max(group, key=lambda item: (item["reward"], -item["sample"])) for group in _by_query(items).values()]
+    """The reward model's choice among each query's samples, the same in any order of them."""
+    return [group[_best(group)] for group in _by_query(items).values()]
+
+
+def _best(group: Sequence[Item]) -> int:
+    return best_of([item["text"] for item in group], [item["reward"] for item in group])
 
 
 def best_of_n(items: Sequence[Item], n: int, queries: Sequence[str], bootstrap: Bootstrap) -> dict[str, Any]:
     """What choosing among n samples is worth: the first one, the reward model's choice, the best there is.
 
-    Ties of the reward model go to the earlier sample.
+    Of equal rewards the text that sorts first is chosen.
 
     Returns:
         "best_of_n": {"1", str(n), f"oracle_{n}"} means, "best_of_n_details" with intervals, "best_of_n_gains".
@@ -320,8 +325,7 @@ def best_of_n(items: Sequence[Item], n: int, queries: Sequence[str], bootstrap: 
     chosen: dict[str, Scores] = {name: {} for name in dict.fromkeys(("1", str(n), f"oracle_{n}"))}
     for query, group in _by_query(items).items():
         group = sorted(group, key=lambda item: item["sample"])
-        choice = max(range(len(group)), key=lambda index: (group[index]["reward"], -index))
-        chosen[str(n)][query] = [group[choice]["gold"]]
+        chosen[str(n)][query] = [group[_best(group)]["gold"]]
         chosen["1"][query] = [group[0]["gold"]]
         chosen[f"oracle_{n}"][query] = [max(item["gold"] for item in group)]
     sums = {name: clusters(scores, queries) for name, scores in chosen.items()}

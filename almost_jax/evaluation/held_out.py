@@ -6,7 +6,7 @@ All scored responses are in evaluation/items.jsonl.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -25,6 +25,7 @@ from almost_jax.microworld.world import generate_queries
 from almost_jax.sampling.engine import Engine, Request, in_order
 from almost_jax.sampling.scoring import completion_logprobs
 from almost_jax.stages.dialogues import prompt_tokens
+from almost_jax.stages.execution import head_chunk
 from almost_jax.stages.instructions import load_instructions
 from almost_jax.stages.prompting import (
     PROMPT_MULTIPLE,
@@ -186,14 +187,14 @@ def score_systems(run: Run, judged: Sequence[System], truth: Truth | None) -> li
     with RecordWriter(path, _item_key) as writer:
         with run.progress("evaluation: sampling held-out responses", len(wanted), len(writer.done)) as progress:
             for system in judged:
-                for item in _torn_items(system, scorers, writer):
+                for item in _torn_items(system, scorers, writer, head_chunk(run.config.mesh)):
                     if writer.write_missing(item):
                         progress.advance()
         writer.finish()
         return writer.records
 
 
-def _torn_items(system: System, scorers: Scorers, writer: RecordWriter) -> Iterator[Item]:
+def _torn_items(system: System, scorers: Scorers, writer: RecordWriter, chunk: int) -> Iterator[Item]:
     """Sample and score the responses of a system, of groups that aren't wholly written yet."""
     requests = _requests(system)
     keys = [_key(system.name, request_id) for request_id, _ in requests]
@@ -204,7 +205,7 @@ def _torn_items(system: System, scorers: Scorers, writer: RecordWriter) -> Itera
     if system.reference is None:
         answer = _plainly(system, model)
     else:
-        answer = _with_log_ratio(system, model, system.reference())
+        answer = _with_log_ratio(system, model, system.reference(), chunk)
     for places in groups:
         group = requests[places.start : places.stop]
         yield from _score_group(system, *answer(group), scorers, group)
@@ -255,11 +256,11 @@ def _plainly(system: System, model: Model) -> Answer:
     return answer
 
 
-def _with_log_ratio(system: System, model: Model, reference: Model) -> Answer:
+def _with_log_ratio(system: System, model: Model, reference: Model, chunk: int) -> Answer:
     """Replies, and the log-ratio to the reference summed over the very tokens that were sampled.
 
     Both sides are scored by the same program at the sampling temperature, so a policy that is the reference gets
-    exactly 0; greedy sampling is scored at temperature 1.
+    exactly 0; greedy sampling is scored at temperature 1. The head is applied to `chunk` entries at a time (0: all).
     """
     tokenizer, sampling = model.tokenizer, system.sampling
     rules = sampling_rules(sampling, stop_tokens(tokenizer, ()))
@@ -276,7 +277,7 @@ def _with_log_ratio(system: System, model: Model, reference: Model) -> Answer:
                 float(np.sum(logprobs, dtype=np.float64))
                 for logprobs in completion_logprobs(
                     scored.params,
-                    scored.config,
+                    shape,
                     prompts,
                     [completion.tokens for completion in completions],
                     temperature=sampling.temperature or 1.0,
@@ -285,6 +286,7 @@ def _with_log_ratio(system: System, model: Model, reference: Model) -> Answer:
                 )
             ]
             for scored in (model, reference)
+            for shape in [replace(scored.config, vocab_chunk=chunk)]
         ]
         replies = [reply(tokenizer, completion, (), False) for completion in completions]
         return replies, [policy - other for policy, other in zip(*sums, strict=True)]

@@ -18,6 +18,9 @@ class Preempted(SystemExit):
         """Code 0: a scheduler must not take this for a failure."""
         super().__init__(0)
 
+    def __reduce__(self) -> tuple[type["Preempted"], tuple[()]]:
+        return Preempted, ()
+
 
 class _Signals:
     """Whether SIGTERM came, whether someone has promised to look, and how often several processes have looked."""

@@ -137,6 +137,11 @@ def run_stage(run: Run, name: str = NAME) -> dict[str, Any]:
         for step in range(start + 1, ppo.steps + 1):
             update = training if step > ppo.critic_warmup_steps else warming
             gathered = ahead or collect(run, state, actors, prompts, step)
+            if ahead is None and step > 1:
+                # The updates may take longer than a preempted machine has left; what was sampled is sampled again.
+                stop_if_asked(
+                    asked_to_stop(), run, name, step - 1, state, checkpoints, lambda: kept_beside(guard, metrics)
+                )
             # Sampled by the policy that the updates below leave behind; the last step keeps what it has.
             begun = None
             if ppo.overlap_rollouts and step < ppo.steps:

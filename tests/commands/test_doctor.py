@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from almost_jax.commands import doctor, invariants
@@ -141,6 +142,28 @@ def test_checks_fail_where_the_numbers_do(monkeypatch: pytest.MonkeyPatch, small
     cached = invariants._cached_logits
     monkeypatch.setattr(invariants, "_cached_logits", lambda *a: cached(*a) + 0.1)
     assert invariants.check_cache(small).outcome == "FAIL"
+
+
+def test_numbers_that_are_none_fail_every_check(monkeypatch: pytest.MonkeyPatch, small: Model) -> None:
+    """Python's `max` passes over a NaN that doesn't come first."""
+    rescored, cached, gradients = invariants.completion_logprobs, invariants._cached_logits, invariants._gradients
+    monkeypatch.setattr(invariants, "_cached_logits", lambda *a: cached(*a) * np.nan)
+    assert invariants.check_cache(small).outcome == "FAIL"
+    calls = list[int]()
+
+    def last_is_nan(*arguments: object, **more: object) -> object:
+        calls.append(1)
+        found = list(rescored(*arguments, **more))  # type: ignore[arg-type]
+        return [*found[:-1], found[-1] * np.nan]
+
+    monkeypatch.setattr(invariants, "completion_logprobs", last_is_nan)
+    for check in (invariants.check_logprobs, invariants.check_ratio):
+        assert check(small).outcome == "FAIL"
+    assert calls
+    monkeypatch.setattr(
+        invariants, "_gradients", lambda *a: jax.tree.map(lambda leaf: leaf * np.float32(np.nan), gradients(*a))
+    )
+    assert invariants.check_devices(small, jax.devices()[:2]).outcome == "FAIL"
 
 
 def test_devices_that_compute_otherwise_are_called_out(monkeypatch: pytest.MonkeyPatch, small: Model) -> None:

@@ -1,5 +1,6 @@
 """Figures from records, against cases computed by hand."""
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -147,13 +148,15 @@ def test_ablation_by_hand() -> None:
     assert analyses.ablation_figures([], truth.__getitem__, BOOTSTRAP) == {}
 
 
-def test_best_of_n_by_hand_with_ties_to_the_first() -> None:
-    rewards, golds = [0.3, 0.9, 0.9, -1.0], [0.1, 0.6, 0.2, 1.0]
+def test_11_best_of_n_by_hand_with_ties_to_the_text_that_sorts_first() -> None:
+    rewards, golds, texts = [0.3, 0.9, 0.9, -1.0], [0.1, 0.6, 0.2, 1.0], ["w", "z", "y", "x"]
     items = [
-        item("best_of_n", "a", gold, reward=reward, sample=index)
-        for index, (reward, gold) in enumerate(zip(rewards, golds, strict=True))
+        item("best_of_n", "a", gold, reward=reward, sample=index, text=text)
+        for index, (reward, gold, text) in enumerate(zip(rewards, golds, texts, strict=True))
     ]
-    expected = {"1": 0.1, "4": 0.6, "oracle_4": 1.0}
+    expected = {"1": 0.1, "4": 0.2, "oracle_4": 1.0}
+    for order in itertools.permutations(items):
+        assert [found["text"] for found in analyses._choices(order)] == ["y"]
     assert analyses.best_of_n(items, 4, ["a"], BOOTSTRAP)["best_of_n"] == expected
     assert analyses.best_of_n(items[::-1], 4, ["a"], BOOTSTRAP)["best_of_n"] == expected
 

@@ -46,7 +46,7 @@ def test_rlsf_stands_beside_dpo_and_the_best_of_n_of_the_sft_policy(finished: Pa
     expected = []
     for query in dict.fromkeys(item["query_id"] for item in items):
         group = [item for item in items if item["system"] == "policy/sft_best_of_n" and item["query_id"] == query]
-        expected.append(sorted(group, key=lambda item: (-item["reward"], item["sample"]))[0]["gold"])
+        expected.append(sorted(group, key=lambda item: (-item["reward"], item["text"]))[0]["gold"])
     assert figures["rivals"]["sft_best_of_n"]["mean"] == pytest.approx(sum(expected) / 18)
     assert "policy/dpo" in figures["by_kind"] and "policy/sft_best_of_n" not in figures["by_kind"]
     claims = [claim.text for claim in tables.claims(figures)]

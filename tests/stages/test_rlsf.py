@@ -4,7 +4,9 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +26,7 @@ from almost_jax.core.rotary import RopeConfig
 from almost_jax.errors import InputError, TrainingDiverged
 from almost_jax.io.checkpoints import Checkpoints
 from almost_jax.io.models import load_model, save_model
+from almost_jax.io.preemption import Preempted, stops_on_sigterm
 from almost_jax.io.records import read_records
 from almost_jax.io.run import Run
 from almost_jax.sampling.engine import Request, Settings, generate
@@ -275,6 +278,37 @@ def test_20_28_stopped_and_resumed_is_the_same_to_the_byte_with_the_same_coeffic
     for before, after in zip(lines, lines[1:], strict=False):
         error = min(max(before["kl"] / 0.05 - 1, -0.2), 0.2)
         assert after["kl_coef"] == pytest.approx(before["kl_coef"] * (1 + error * 8 / 40), rel=1e-5)
+
+
+def test_28_a_signal_while_a_step_is_sampled_does_not_wait_for_its_updates(
+    make_ppo: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: dict[str, Path]
+) -> None:
+    if "rlsf" not in trained:
+        whole = make_ppo(tmp_path / "whole", **ADAPTIVE)
+        rlsf.run_stage(whole)
+        trained["rlsf"] = whole.path("rlsf")
+    collect, learn, learned = rlsf.collect, rlsf.learn, list[int]()
+
+    def signalled(*arguments: Any) -> Any:
+        if arguments[-1] == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return collect(*arguments)
+
+    def noted(*arguments: Any) -> Any:
+        learned.append(arguments[4])
+        return learn(*arguments)
+
+    stopped = make_ppo(tmp_path / "stopped", **ADAPTIVE)
+    with monkeypatch.context() as patch, pytest.raises(Preempted), stops_on_sigterm():
+        patch.setattr(rlsf, "collect", signalled)
+        patch.setattr(rlsf, "learn", noted)
+        rlsf.run_stage(stopped)
+    assert learned == [1], "the second step's updates were not waited for"
+    assert "rlsf: asked to stop; step 1 is saved" in stopped.console.file.getvalue()  # type: ignore[attr-defined]
+    resumed = make_ppo(tmp_path / "stopped", **ADAPTIVE)
+    rlsf.run_stage(resumed)
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        assert (trained["rlsf"] / name).read_bytes() == resumed.path("rlsf", name).read_bytes()
 
 
 def test_over_optimisation_is_ppo_with_another_penalty(make_ppo: Callable[..., Run], tmp_path: Path) -> None:
