@@ -6,7 +6,7 @@ updates out, with a line, and stops after too many skipped in a row; `off` looks
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -16,10 +16,18 @@ from almost_jax.errors import TrainingDiverged
 from almost_jax.io.checkpoints import Checkpoints
 from almost_jax.io.run import Run
 
-# (action, what is wrong): "stop", "skip" or "off", and a clause for the message.
-Problem: TypeAlias = tuple[str, str]
 # The key, in a checkpoint's JSON, of how many steps in a row were skipped before it.
 SKIPPED = "skipped_in_a_row"
+# Figures of rollouts that are the policy's own: a bad one says that the policy went astray before it drew them.
+OF_THE_POLICY = ("kl", "rollout_entropy")
+
+
+class Problem(NamedTuple):
+    """What is wrong with a step."""
+
+    action: str  # "stop", "skip" or "off".
+    why: str  # A clause for the message.
+    of_policy: bool = False  # The policy that drew the step's rollouts is at fault, not what the step does with them.
 
 
 class Guard:
@@ -43,39 +51,52 @@ class Guard:
         """What a checkpoint must hold so that a resumed run counts on."""
         return {SKIPPED: self._skipped} if self._skipped else {}
 
-    def skips(self, step: int, problems: Iterable[Problem]) -> bool:
+    def skips(self, step: int, problems: Iterable[Problem], drawn_by: int | None = None) -> bool:
         """Act on what is wrong with a step: whether its updates are to be left out, or were.
 
         Call it once a step, with no problems when all is well.
 
+        Args:
+            step: counted from 1.
+            problems: what was found.
+            drawn_by: the step whose policy drew this step's rollouts; None where no policy draws any.
+
         Raises:
             TrainingDiverged: a problem's action is `stop`, or too many steps in a row were skipped.
         """
-        stopping, skipping = ([why for action, why in problems if action == kind] for kind in ("stop", "skip"))
-        if stopping:
-            raise self._diverged(step, ", ".join(stopping))
-        if not skipping:
+        acted = [problem for problem in problems if problem.action != "off"]
+        if not acted:
             self._skipped = 0
             return False
+        last_good = self._last_good(drawn_by if any(problem.of_policy for problem in acted) else None)
+        stopping, skipping = ([one.why for one in acted if one.action == kind] for kind in ("stop", "skip"))
+        if stopping:
+            raise self._diverged(step, ", ".join(stopping), last_good)
         self._skipped += 1
         why = ", ".join(skipping)
         if self._skipped > self._max_skips:
-            raise self._diverged(step, f"{why}; {self._max_skips} steps in a row were skipped before it (max_skips)")
-        self._run.say(f"{self._name}: skipped step {step}: {why}; {self._last_good()}")
+            skipped = f"{self._max_skips} steps in a row were skipped before it (max_skips)"
+            raise self._diverged(step, f"{why}; {skipped}", last_good)
+        self._run.say(f"{self._name}: skipped step {step}: {why}; {last_good}")
         return True
 
-    def _diverged(self, step: int, why: str) -> TrainingDiverged:
-        return TrainingDiverged(f"{self._name}: diverged at step {step}: {why}; {self._last_good()}")
+    def _diverged(self, step: int, why: str, last_good: str) -> TrainingDiverged:
+        return TrainingDiverged(f"{self._name}: diverged at step {step}: {why}; {last_good}")
 
-    def _last_good(self) -> str:
+    def _last_good(self, astray: int | None) -> str:
+        """Names the last checkpoint, or the last one before the policy of step `astray` came to be."""
         steps = self._checkpoints.steps()
-        return f"the last good checkpoint is step {max(steps)}" if steps else "there is no checkpoint before it"
+        if astray is not None:
+            # Steps that were skipped in a row left the policy as it was.
+            steps = [step for step in steps if step < astray - self._skipped]
+        return f"the last good checkpoint is step {max(steps)}" if steps else "there is no good checkpoint before it"
 
 
 def non_finite(figures: Mapping[str, float], action: str) -> list[Problem]:
     """A problem that names every figure that is NaN or infinite, or none."""
-    bad = [f"{key} is {value}" for key, value in figures.items() if not math.isfinite(value)]
-    return [(action, ", ".join(bad))] if bad else []
+    bad = {key: value for key, value in figures.items() if not math.isfinite(value)}
+    why = ", ".join(f"{key} is {value}" for key, value in bad.items())
+    return [Problem(action, why, any(key in bad for key in OF_THE_POLICY))] if bad else []
 
 
 def rollout_problems(figures: Mapping[str, float], ppo: PpoConfig) -> list[Problem]:
@@ -89,17 +110,14 @@ def rollout_problems(figures: Mapping[str, float], ppo: PpoConfig) -> list[Probl
     found = non_finite(figures, guards.non_finite)
     # Comparisons with a figure that isn't finite are left to the line above: NaN is neither too large nor too small.
     if figures.get("kl", 0.0) > guards.max_kl:
-        found.append((guards.kl, f"kl {figures['kl']:.4g} is above ppo.guards.max_kl {guards.max_kl:g}"))
-    if figures["rollout_entropy"] < guards.min_entropy:
-        found.append(
-            (
-                guards.entropy,
-                f"entropy {figures['rollout_entropy']:.4g} is below ppo.guards.min_entropy {guards.min_entropy:g}",
-            )
-        )
+        why = f"kl {figures['kl']:.4g} is above ppo.guards.max_kl {guards.max_kl:g}"
+        found.append(Problem(guards.kl, why, of_policy=True))
+    if (entropy := figures["rollout_entropy"]) < guards.min_entropy:
+        why = f"entropy {entropy:.4g} is below ppo.guards.min_entropy {guards.min_entropy:g}"
+        found.append(Problem(guards.entropy, why, of_policy=True))
     if figures["at_limit"] >= 1.0:
-        limit = ppo.sampling.max_new_tokens
-        found.append((guards.length, f"all responses were cut at ppo.sampling.max_new_tokens {limit}"))
+        why = f"all responses were cut at ppo.sampling.max_new_tokens {ppo.sampling.max_new_tokens}"
+        found.append(Problem(guards.length, why, of_policy=True))
     return found
 
 
@@ -112,14 +130,15 @@ def update_problems(every: Sequence[Mapping[str, float]], ppo: PpoConfig) -> lis
     """
     found = []
     for number, figures in enumerate(every, start=1):
-        for action, why in non_finite(figures, ppo.guards.non_finite):
-            found.append((action, f"{why} in update {number} of {len(every)}"))
+        for problem in non_finite(figures, ppo.guards.non_finite):
+            # A policy that is finite drew the rollouts: whatever went wrong, it went wrong in this step.
+            found.append(Problem(problem.action, f"{problem.why} in update {number} of {len(every)}"))
     return found
 
 
 def acts(problems: Iterable[Problem]) -> bool:
     """Whether any of the problems is acted on."""
-    return any(action != "off" for action, _ in problems)
+    return any(problem.action != "off" for problem in problems)
 
 
 def fetched(figures: Mapping[str, Any]) -> dict[str, float]:

@@ -314,7 +314,8 @@ def learn(
     if ppo.overlap_rollouts:
         figures["steps_off_policy"] = float(step > 1)
     problems = rollout_problems(figures, ppo)
-    skipped = guard.skips(step, problems) if acts(problems) else False
+    drawn_by = step - (2 if ppo.overlap_rollouts else 1)
+    skipped = guard.skips(step, problems, drawn_by) if acts(problems) else False
     if not skipped:
         state, every = updated(run, state, learned, step, update)
         figures |= mean_figures(every, ppo)

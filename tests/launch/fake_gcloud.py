@@ -67,6 +67,13 @@ def scp(source: str, target: str, arguments: list[str]) -> int:
     return 0
 
 
+def put(source: str, target: str) -> None:
+    """An object of Cloud Storage is there whole, the old one or the new one."""
+    partial = f"{target}.partial"
+    shutil.copy(source, partial)
+    os.replace(partial, target)
+
+
 def local(url: str) -> Path:
     return ROOT / "buckets" / url.removeprefix("gs://") if url.startswith("gs://") else Path(url)
 
@@ -74,13 +81,15 @@ def local(url: str) -> Path:
 def storage(verb: str, source: Path, target: Path, arguments: list[str]) -> int:
     if verb == "cp":
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(source, target)
+        put(str(source), str(target))
         return 0
     if not source.is_dir():
         return fail(f"Did not find existing container at: {source}")
+    shutil.copytree(source, target, dirs_exist_ok=True, copy_function=put)
     if "--delete-unmatched-destination-objects" in arguments:
-        shutil.rmtree(target)
-    shutil.copytree(source, target, dirs_exist_ok=True)
+        for path in sorted(target.rglob("*"), reverse=True):
+            if not (source / path.relative_to(target)).exists():
+                path.rmdir() if path.is_dir() else path.unlink()
     return 0
 
 

@@ -1,10 +1,12 @@
 """launch/tpu.sh against a gcloud that plays a TPU of two hosts: what it calls, and that the calls do their work."""
 
+import contextlib
 import getpass
 import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -78,10 +80,18 @@ class Cloud:
     def bucket(self) -> Path:
         return self.folder / "buckets/shelf/pod"
 
+    def kill(self) -> None:
+        """Kill what runs on the hosts: the command and the saver alike have the fake host's environment."""
+        here = f"FAKE_GCLOUD={self.folder}".encode()
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            with contextlib.suppress(OSError):
+                variables = path.read_bytes().split(b"\0")
+                if here in variables and any(variable.startswith(b"FAKE_HOST=") for variable in variables):
+                    os.kill(int(path.parent.name), signal.SIGKILL)
+
     def preempt(self) -> None:
         """Take the hosts away, with all that runs there."""
-        for path in self.folder.glob("hosts/*/almost_jax/job/pid"):
-            subprocess.run(["kill", "-KILL", "--", f"-{path.read_text().strip()}"], stderr=subprocess.DEVNULL)
+        self.kill()
         shutil.rmtree(self.folder / "hosts")
         (self.folder / "state").write_text("SUSPENDED")
 
@@ -95,8 +105,7 @@ def cloud(tmp_path: Path) -> Iterator[Cloud]:
     for arguments in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "launch"]):
         subprocess.run([*git, *arguments], check=True)
     yield found
-    for path in tmp_path.glob("hosts/*/almost_jax/job/pid"):
-        subprocess.run(["kill", "-KILL", "--", f"-{path.read_text().strip()}"], stderr=subprocess.DEVNULL)
+    found.kill()
 
 
 def eventually(holds: Callable[[], bool]) -> None:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import jax
 import numpy as np
@@ -11,11 +12,12 @@ import pytest
 
 from almost_jax.config import PpoConfig, PpoGuardsConfig
 from almost_jax.errors import TrainingDiverged
+from almost_jax.io.checkpoints import Checkpoints
 from almost_jax.io.models import load_model
 from almost_jax.io.records import read_records
 from almost_jax.io.run import Run
 from almost_jax.stages import rlsf, sft
-from almost_jax.stages.guards import rollout_problems
+from almost_jax.stages.guards import Guard, Problem, rollout_problems
 
 FIGURES = {"reward": 0.5, "kl": 3.0, "rollout_entropy": 1.2, "at_limit": 0.9}
 
@@ -37,7 +39,7 @@ def said(run: Run) -> str:
 def test_every_kind_of_problem_is_seen_by_its_own_guard(figures: dict[str, float], message: str) -> None:
     ppo = PpoConfig(guards=PpoGuardsConfig(max_kl=7.0, min_entropy=0.02, length="skip"))
     assert rollout_problems(FIGURES, ppo) == []
-    assert [why for _, why in rollout_problems({**FIGURES, **figures}, ppo)] == [message]
+    assert [problem.why for problem in rollout_problems({**FIGURES, **figures}, ppo)] == [message]
     # Without a reference there is no KL to look at.
     assert rollout_problems({name: value for name, value in FIGURES.items() if name != "kl"}, ppo) == []
 
@@ -47,9 +49,53 @@ def test_exploding_kl_stops_and_names_the_last_good_checkpoint(make_ppo: Callabl
     with pytest.raises(TrainingDiverged) as error:
         rlsf.run_stage(run)
     assert str(error.value).startswith("rlsf: diverged at step 2: kl ")
-    assert str(error.value).endswith("is above ppo.guards.max_kl 0.001; the last good checkpoint is step 1")
+    assert str(error.value).endswith("is above ppo.guards.max_kl 0.001; there is no good checkpoint before it")
     assert "\n" not in str(error.value)
     assert [line["step"] for line in read_records(run.path("rlsf", "metrics.jsonl"))] == [1]
+
+
+@pytest.mark.parametrize(
+    "figure, overlap, last_good",
+    [
+        ({"kl": 999.0}, False, 5),  # The checkpoint of step 6 holds the policy that strayed.
+        ({"kl": 999.0}, True, 4),  # That of step 5, and what nobody has looked at yet.
+        ({"rollout_entropy": float("nan")}, False, 5),
+        ({"reward": float("nan")}, False, 6),  # Nothing is wrong with the policy.
+    ],
+)
+def test_a_good_checkpoint_is_one_before_the_policy_that_strayed(
+    make_ppo: Callable[..., Run],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    figure: dict[str, float],
+    overlap: bool,
+    last_good: int,
+) -> None:
+    run = make_ppo(tmp_path, steps=7, checkpoint_every=1, overlap_rollouts=overlap, keep_reference=True)
+    monkeypatch.setattr(Checkpoints, "steps", lambda self: [3, 4, 5, 6])
+    fetch = rlsf.fetched
+    monkeypatch.setattr(rlsf, "fetched", lambda figures: {**fetch(figures), **figure})
+    learn = rlsf.learn
+
+    def seventh(run: Run, state: Any, actors: Any, gathered: Any, step: int, update: Any, guard: Any) -> Any:
+        return learn(run, state, actors, gathered, 7, update, guard)
+
+    monkeypatch.setattr(rlsf, "learn", seventh)
+    message = f"diverged at step 7: .*; the last good checkpoint is step {last_good}$"
+    with pytest.raises(TrainingDiverged, match=message):
+        rlsf.run_stage(run)
+
+
+def test_skipped_steps_left_the_policy_that_strayed_as_it_was(make_ppo: Callable[..., Run], tmp_path: Path) -> None:
+    run = make_ppo(tmp_path)
+    checkpoints = Mock(steps=lambda: [2, 3, 4, 5])
+    guard = Guard(run, "rlsf", checkpoints, 2, {})
+    astray = [Problem("skip", "kl 999", of_policy=True)]
+    for step in (5, 6):
+        assert guard.skips(step, astray, drawn_by=step - 1)
+    with pytest.raises(TrainingDiverged, match="the last good checkpoint is step 3$"):
+        guard.skips(7, astray, drawn_by=6)
+    assert said(run).count("the last good checkpoint is step 3") == 2
 
 
 @pytest.mark.parametrize("guard", ["entropy", "length"])
@@ -69,7 +115,7 @@ def test_skipped_steps_leave_the_policy_alone_and_too_many_stop(
     run = make_ppo(tmp_path, guards=guards, checkpoint_every=1)
     with pytest.raises(TrainingDiverged, match=r"rlsf: diverged at step 3: .*; 2 steps in a row were skipped"):
         rlsf.run_stage(run)
-    assert said(run).count("rlsf: skipped step") == 2 and "the last good checkpoint is step 1" in said(run)
+    assert said(run).count("rlsf: skipped step") == 2 and "there is no good checkpoint before it" in said(run)
     lines = read_records(run.path("rlsf", "metrics.jsonl"))
     assert [line["skipped"] for line in lines] == [1, 1] and "policy_loss" not in lines[0]
     before, after = (
@@ -107,7 +153,8 @@ def test_an_update_that_is_not_finite_is_left_out(
     assert [line["skipped"] for line in lines] == [0, 1, 0, 0]
     # One of the two mini-batches holds the bad row in each epoch; the other one is learned from and logged.
     assert all(line["policy_loss"] is not None and line["policy_grad_norm"] > 0 for line in lines)
-    assert "rlsf: skipped step 2: loss is nan" in said(run) and "of 4; there is no checkpoint before it" in said(run)
+    assert "rlsf: skipped step 2: loss is nan" in said(run)
+    assert "of 4; there is no good checkpoint before it" in said(run)
     final = load_model(str(run.path("rlsf", "model")), run.mesh, "float32")
     assert all(bool(np.isfinite(leaf).all()) for leaf in jax.tree.leaves(final.params))
 
