@@ -23,7 +23,7 @@ from almost_jax.core.llama import LlamaConfig, Params, hidden_states
 from almost_jax.core.losses import LossTerms, shifted
 from almost_jax.core.partitioning import platform, replicated, row_parts
 from almost_jax.core.preferences import preference_sums
-from almost_jax.core.train import Batch, make_optimizer, make_train_step
+from almost_jax.core.train import Batch
 from almost_jax.core.vocabulary import hidden_figures
 from almost_jax.errors import InputError
 from almost_jax.io.batches import batch_indices, pad
@@ -34,7 +34,7 @@ from almost_jax.io.run import Run
 from almost_jax.io.tokenizer import Tokenizer
 from almost_jax.sampling.layout import decode_layout
 from almost_jax.stages.dialogues import training_tokens
-from almost_jax.stages.execution import judging_shape, placed_for_training, training_shape, training_spread
+from almost_jax.stages.execution import judging_shape, training_shape
 from almost_jax.stages.pair_rows import (
     PackedRows,
     PairTokens,
@@ -50,10 +50,8 @@ from almost_jax.stages.training import (
     count_steps,
     fit,
     fixed_length,
-    fresh_state,
     place_batch,
     row_limit,
-    shardings_of,
 )
 
 NAME = "dpo"
@@ -91,7 +89,6 @@ def run_stage(run: Run) -> dict[str, Any]:
     ordered = [*train, *test]
     batches_seed, batch_size = run.seed(f"{NAME}/batches"), training.batch_size
     total_steps = count_steps(training, len(train))
-    optimizer = make_optimizer(training.optimizer, total_steps)
     settings, mesh = run.config.mesh, run.mesh
     whole = judging_shape(source.config, settings, mesh)
     # By one kernel on both sides: another one rounds otherwise, and the first margins of unpacked pairs would not be 0.
@@ -140,12 +137,8 @@ def run_stage(run: Run) -> dict[str, Any]:
             figures = {"loss": (total, count), **metrics}
             return {f"held_out_{name}": float(value / number) for name, (value, number) in figures.items()}
 
-        state = fresh_state(placed_for_training(source.params, source.config, settings, mesh), optimizer, mesh)
-        spread = training_spread(settings, mesh, shardings_of(state.params))
         loss_sums = functools.partial(dpo_loss_sums, config=shape, settings=config)
-        skips = training.guards.non_finite == "skip"
-        train_step = make_train_step(loss_sums, optimizer, training.micro_batches, shardings_of(state), spread, skips)
-        state = fit(run, NAME, state, train_step, batch_at, total_steps, training, evaluate)
+        state = fit(run, NAME, source.params, source.config, loss_sums, batch_at, total_steps, training, evaluate)
         last = evaluate(state.params)
     model = dataclasses.replace(source, params=state.params, name=f"{run.config.name}/{NAME}")
     save_model(run.path(NAME, "model"), model)

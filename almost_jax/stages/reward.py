@@ -21,7 +21,6 @@ from almost_jax.config import TrainingConfig
 from almost_jax.core.heads import add_head
 from almost_jax.core.llama import Params
 from almost_jax.core.partitioning import platform, replicated, row_parts
-from almost_jax.core.train import make_optimizer, make_train_step
 from almost_jax.errors import InputError
 from almost_jax.io.batches import batch_indices, epoch_order
 from almost_jax.io.models import Model, load_model, save_model
@@ -31,7 +30,7 @@ from almost_jax.io.tokenizer import Tokenizer
 from almost_jax.sampling.layout import decode_layout
 from almost_jax.sampling.scoring import score_sequences
 from almost_jax.stages.dialogues import dialogue_tokens, text_tokens
-from almost_jax.stages.execution import judging_shape, placed_for_training, training_shape, training_spread
+from almost_jax.stages.execution import judging_shape, training_shape
 from almost_jax.stages.filters import count_verdicts
 from almost_jax.stages.pair_figures import logged_figures, pair_figures
 from almost_jax.stages.pair_rows import PairTokens, TwoTexts, packed_rows, pair_batch, pair_loss_sums, say_of_packing
@@ -41,9 +40,7 @@ from almost_jax.stages.training import (
     count_steps,
     fit,
     fixed_length,
-    fresh_state,
     row_limit,
-    shardings_of,
 )
 
 
@@ -329,15 +326,10 @@ def train_reward_model(
             run.say(f"{name}: warning: {length_warning(found)}")
         return logged_figures(found)
 
-    optimizer = make_optimizer(training.optimizer, total_steps)
     loss_sums = functools.partial(pair_loss_sums, config=shape, margin=margin, centering=centering)
     with jax.set_mesh(mesh):
         params = start_params(source, run.seed(f"{seeds}/head"), mesh)
-        state = fresh_state(placed_for_training(params, source.config, settings, mesh), optimizer, mesh)
-        spread = training_spread(settings, mesh, shardings_of(state.params))
-        skips = training.guards.non_finite == "skip"
-        train_step = make_train_step(loss_sums, optimizer, training.micro_batches, shardings_of(state), spread, skips)
-        state = fit(run, name, state, train_step, batch_at, total_steps, training, evaluate)
+        state = fit(run, name, params, source.config, loss_sums, batch_at, total_steps, training, evaluate)
         reference = reference_texts(train, reference_samples, run.seed(f"{seeds}/reference"))
         mean, std = reward_moments(scores(state.params, reference))
         chosen, rejected = held_out_scores(state.params)

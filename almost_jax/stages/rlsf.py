@@ -8,6 +8,7 @@ Schulman et al. 2017; Ziegler et al. 2019; details after Huang et al., "The N Im
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -48,8 +49,8 @@ from almost_jax.stages.rollouts import Experience, Rollouts, experience, judge
 from almost_jax.stages.training import (
     CHECKPOINTS_KEPT,
     LOGGED,
-    abstract,
     checkpoint_folder,
+    fresh_or_restored,
     fresh_state,
     kept_beside,
     place_batch,
@@ -102,22 +103,22 @@ def run_stage(run: Run, name: str = NAME) -> dict[str, Any]:
         check_positions(actors, int(prompts.lengths.max()))
         say_of_warmup(run, name, ppo.optimizer, policy_updates(ppo))
         policy_optimizer, critic_optimizer = make_optimizers(ppo)
-        state = start_state(run, actors, policy_optimizer, critic_optimizer)
-        actors = frozen(actors, ppo, run.config.compute_dtype)
         checkpoints = Checkpoints(checkpoint_folder(run, name), keep=CHECKPOINTS_KEPT)
         stack.callback(checkpoints.close)
         ahead = abstract_rollouts(run, actors, prompts) if ppo.overlap_rollouts else None
-        found = checkpoints.restore(whole_state(abstract(state), ahead))
-        start = 0
-        extra: dict[str, Any] = {}
-        if found is not None:
-            start, restored, extra = found
-            state, ahead = parts_of(restored, ppo)
-        else:
+        start, whole, extra = fresh_or_restored(
+            checkpoints,
+            functools.partial(start_state, run, actors, policy_optimizer, critic_optimizer),
+            functools.partial(whole_state, ahead=ahead),
+        )
+        actors = frozen(actors, ppo, run.config.compute_dtype)
+        tables = {file: records_until(run.path(name, file), start) for file in TABLES}
+        if extra is None:
+            state, extra = whole, {}
             save_policy(run, actors, state, 0, name)
             ahead = collect(run, state, actors, prompts, 1) if ppo.overlap_rollouts else None
-        tables = {file: records_until(run.path(name, file), start) for file in TABLES}
-        if found is not None:
+        else:
+            state, ahead = parts_of(whole, ppo)
             say_of_gaps(run, name, start, tables)
         metrics = run.metrics(name, start, extra.get(LOGGED))
         stack.callback(metrics.close)
@@ -371,7 +372,7 @@ def abstract_rollouts(run: Run, actors: Actors, prompts: Prompts) -> Gathered:
         Samples(tokens=words, logprobs=figures, lengths=number, content=number, stopped=array(jnp.bool_)),
         Rollouts(
             tokens=array(jnp.int32, width), prompt_lengths=number, responses=words, lengths=number, logprobs=figures,
-            entropies=figures, reference_logprobs=figures if actors.sft.params else None, values=figures,
+            entropies=figures, reference_logprobs=figures if run.config.ppo.uses_reference else None, values=figures,
             scores=array(jnp.float32),
         ),
     )  # fmt: skip

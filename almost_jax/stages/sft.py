@@ -12,14 +12,13 @@ import statistics
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from almost_jax.core.llama import LlamaConfig, Params, hidden_states
 from almost_jax.core.losses import LossTerms, masked_sum, shifted, target_sums
 from almost_jax.core.partitioning import platform, row_parts
-from almost_jax.core.train import Batch, make_optimizer, make_train_step
+from almost_jax.core.train import Batch
 from almost_jax.core.vocabulary import hidden_figures
 from almost_jax.errors import InputError
 from almost_jax.io.batches import batch_indices, enough_rows, first_fit, pad, row_counts
@@ -29,8 +28,8 @@ from almost_jax.io.run import Run
 from almost_jax.sampling.layout import decode_layout
 from almost_jax.stages.demonstrations import demonstration_turns, is_answered
 from almost_jax.stages.dialogues import training_tokens
-from almost_jax.stages.execution import placed_for_training, training_shape, training_spread
-from almost_jax.stages.training import count_steps, fit, fixed_length, fresh_state, row_limit, shardings_of
+from almost_jax.stages.execution import training_shape
+from almost_jax.stages.training import count_steps, fit, fixed_length, row_limit
 
 # Token ids, and for each of them whether it is a target.
 Example: TypeAlias = tuple[Sequence[int], Sequence[bool]]
@@ -93,16 +92,9 @@ def fine_tune(run: Run, name: str, file: str) -> dict[str, Any]:
             return packed_batch(chosen, rows, config.packed_length, source.tokenizer.pad_id)
         return example_batch(chosen, length, source.tokenizer.pad_id)
 
-    optimizer = make_optimizer(training.optimizer, total_steps)
-    settings, mesh = run.config.mesh, run.mesh
-    shape = training_shape(source.config, settings, mesh)
+    shape = training_shape(source.config, run.config.mesh, run.mesh)
     loss_sums = functools.partial(sft_loss_sums, config=shape, z_loss=config.z_loss)
-    with jax.set_mesh(mesh):
-        state = fresh_state(placed_for_training(source.params, source.config, settings, mesh), optimizer, mesh)
-        spread = training_spread(settings, mesh, shardings_of(state.params))
-        skips = training.guards.non_finite == "skip"
-        train_step = make_train_step(loss_sums, optimizer, training.micro_batches, shardings_of(state), spread, skips)
-        state = fit(run, name, state, train_step, batch_at, total_steps, training, None)
+    state = fit(run, name, source.params, source.config, loss_sums, batch_at, total_steps, training, None)
     save_model(
         run.path(name, "model"), dataclasses.replace(source, params=state.params, name=f"{run.config.name}/{name}")
     )

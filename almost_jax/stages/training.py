@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,17 +13,18 @@ import optax
 from almost_jax.config import ExperimentConfig, OptimizerConfig, PpoConfig, TrainingConfig
 from almost_jax.core.llama import LlamaConfig, Params
 from almost_jax.core.partitioning import batch_sharding, global_array, replicated, row_parts
-from almost_jax.core.train import Batch, TrainState, learning_rate_schedule
+from almost_jax.core.train import Batch, LossSums, TrainState, learning_rate_schedule, make_optimizer, make_train_step
 from almost_jax.errors import InputError
 from almost_jax.io.checkpoints import Checkpoints
 from almost_jax.io.metrics import MetricsLogger
 from almost_jax.io.preemption import Preempted, asked_to_stop, saves_first
 from almost_jax.io.run import Run
 from almost_jax.sampling.padding import bucket_length
+from almost_jax.stages.execution import placed_for_training, training_spread
 from almost_jax.stages.guards import Guard, fetched, non_finite
 
+State = TypeVar("State")
 HostBatch: TypeAlias = Mapping[str, np.ndarray]
-TrainStep: TypeAlias = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
 
 # Rows that come in buckets of like length are padded to a multiple of this many tokens; where a whole data set has one
 # length, to a finer one, since only one program is compiled.
@@ -122,6 +123,37 @@ def abstract(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
+def free(tree: Any) -> None:
+    """Give back the memory of a tree's arrays, whoever still holds them."""
+    for leaf in jax.tree.leaves(tree):
+        leaf.delete()
+
+
+def fresh_or_restored(
+    checkpoints: Checkpoints, make: Callable[[], State], around: Callable[[State], Any]
+) -> tuple[int, Any, dict[str, Any] | None]:
+    """A fresh state, or what the last whole checkpoint holds; never both in memory at once.
+
+    Args:
+        checkpoints: the stage's.
+        make: makes the fresh state, which has the shardings to restore onto; called again where no checkpoint is whole.
+        around: the state's shapes -> the tree that a checkpoint holds.
+
+    Returns:
+        (0, state, None), or the checkpoint's (step, tree, extra).
+
+    Raises:
+        InputError: every whole checkpoint holds another tree.
+    """
+    state = make()
+    if not checkpoints.steps():
+        return 0, state, None
+    expected = around(abstract(state))
+    free(state)
+    found = checkpoints.restore(expected)
+    return found or (0, make(), None)
+
+
 def shardings_of(tree: Any) -> Any:
     """The sharding of every array in a tree."""
     return jax.tree.map(lambda x: x.sharding, tree)
@@ -192,8 +224,9 @@ def checkpoint_folder(run: Run, name: str) -> Path:
 def fit(
     run: Run,
     name: str,
-    state: TrainState,
-    train_step: TrainStep,
+    params: Params,
+    config: LlamaConfig,
+    loss_sums: LossSums,
     batch_at: Callable[[int], HostBatch],
     total_steps: int,
     training: TrainingConfig,
@@ -207,11 +240,12 @@ def fit(
     Args:
         run: the run; metrics go to NAME/metrics.jsonl, states to NAME/checkpoints.
         name: the stage.
-        state: the state at step 0; its memory is donated.
-        train_step: from `core.train.make_train_step`.
+        params: the tree to start from, on the run's mesh; its memory is given up for the state's.
+        config: the shape of the model that it belongs to.
+        loss_sums: what a step makes smaller.
         batch_at: number of updates done -> the next batch, arrays [B, ...].
         total_steps: updates in all.
-        training: when to log and to save; its optimizer's schedule is logged.
+        training: the optimizer, micro-batches, guards, and when to log and to save.
         evaluate: parameters -> figures, called whenever a checkpoint is saved and logged with it.
 
     Returns:
@@ -224,16 +258,28 @@ def fit(
     """
     say_of_warmup(run, name, training.optimizer, total_steps)
     schedule = learning_rate_schedule(training.optimizer, total_steps)
-    action = training.guards.non_finite
+    optimizer = make_optimizer(training.optimizer, total_steps)
+    settings, mesh, action = run.config.mesh, run.mesh, training.guards.non_finite
+
+    def fresh() -> TrainState:
+        return fresh_state(placed_for_training(params, config, settings, mesh), optimizer, mesh)
+
     with contextlib.ExitStack() as stack:
-        stack.enter_context(jax.set_mesh(run.mesh))
+        stack.enter_context(jax.set_mesh(mesh))
         checkpoints = Checkpoints(checkpoint_folder(run, name), keep=CHECKPOINTS_KEPT)
         stack.callback(checkpoints.close)
-        found = checkpoints.restore(abstract(state))
-        start = 0
-        extra: dict[str, Any] = {}
-        if found is not None:
-            start, state, extra = found
+        start, state, found = fresh_or_restored(checkpoints, fresh, lambda state: state)
+        free(params)
+        extra = found or {}
+        placement = shardings_of(state)
+        train_step = make_train_step(
+            loss_sums,
+            optimizer,
+            training.micro_batches,
+            placement,
+            training_spread(settings, mesh, placement.params),
+            action == "skip",
+        )
         guard = Guard(run, name, checkpoints, training.guards.max_skips, extra)
         metrics = run.metrics(name, start, extra.get(LOGGED))
         stack.callback(metrics.close)

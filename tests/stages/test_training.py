@@ -17,11 +17,12 @@ import numpy as np
 import pytest
 
 from almost_jax.config import MeshConfig, TrainingConfig
+from almost_jax.core.llama import LlamaConfig
 from almost_jax.core.partitioning import replicated
 from almost_jax.core.train import Batch, TrainState, make_optimizer, make_train_step
 from almost_jax.errors import InputError, TrainingDiverged
 from almost_jax.io.batches import batch_indices
-from almost_jax.io.checkpoints import find_damage
+from almost_jax.io.checkpoints import Checkpoints, find_damage
 from almost_jax.io.preemption import Preempted, stop_between, stops_on_sigterm
 from almost_jax.io.run import Run
 from almost_jax.stages import training
@@ -34,6 +35,10 @@ TRAINING = TrainingConfig.model_validate(
         "checkpoint_every": 3,
         "log_every": 2,
     }
+)
+# Of no importance where the compiler places the parameters.
+SHAPE = LlamaConfig(
+    vocab_size=8, hidden_size=8, intermediate_size=8, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=8
 )
 POINTS = np.random.default_rng(5).normal(size=(13, 4)).astype(np.float32)
 TOTAL = 10
@@ -56,12 +61,18 @@ def batch_at(step: int) -> dict[str, np.ndarray]:
 
 
 def fit(run: Run, batches: Callable[[int], dict[str, np.ndarray]], evaluate: Any = None) -> TrainState:
-    optimizer = make_optimizer(TRAINING.optimizer, TOTAL)
     params = jax.device_put({"kernel": jnp.ones((3,), jnp.float32)}, replicated(run.mesh))
-    state = training.fresh_state(params, optimizer, run.mesh)
-    step = make_train_step(line_sums, optimizer, TRAINING.micro_batches, training.shardings_of(state))
-    fitted = training.fit(run, "line", state, step, batches, TOTAL, TRAINING, evaluate)
-    assert step._cache_size() <= 1, "every step must go through one program"  # type: ignore[attr-defined]
+    steps: list[Any] = []
+
+    def remembered(*arguments: Any) -> Any:
+        steps.append(make_train_step(*arguments))
+        return steps[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "make_train_step", remembered)
+        fitted = training.fit(run, "line", params, SHAPE, line_sums, batches, TOTAL, TRAINING, evaluate)
+    (step,) = steps
+    assert step._cache_size() <= 1, "every step must go through one program"
     return fitted
 
 
@@ -294,14 +305,73 @@ def test_28_a_finished_training_is_not_repeated(make_run: Callable[..., Run], tm
     assert (tmp_path / "line" / "metrics.jsonl").read_bytes() == metrics
 
 
-def test_the_state_given_may_come_from_arrays_that_stay_alive(make_run: Callable[..., Run], tmp_path: Path) -> None:
+def test_a_fresh_state_may_come_from_arrays_that_stay_alive(make_run: Callable[..., Run], tmp_path: Path) -> None:
     run = make_run(tmp_path)
     params = {"kernel": jnp.ones((3,), jnp.float32)}
     optimizer = make_optimizer(TRAINING.optimizer, TOTAL)
     state = training.fresh_state(params, optimizer, run.mesh)
     step = make_train_step(line_sums, optimizer, 1)
-    training.fit(run, "line", state, step, batch_at, 2, TRAINING, None)
+    for number in range(2):
+        state, _ = step(state, training.place_batch(batch_at(number), run.mesh))
     np.testing.assert_array_equal(params["kernel"], [1.0, 1.0, 1.0])
+
+
+def test_training_begins_and_goes_on_with_one_state_in_memory(
+    make_run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the parameters it began with nor, behind a checkpoint, the fresh state stay beside the trained one."""
+    save = Checkpoints.save
+
+    def save_and_wait(self: Checkpoints, *arguments: Any) -> None:
+        save(self, *arguments)
+        # Until then there are copies.
+        self.wait()
+
+    monkeypatch.setattr(Checkpoints, "save", save_and_wait)
+    restore = Checkpoints.restore
+
+    def count_and_restore(self: Checkpoints, expected: Any) -> Any:
+        restoring.append(count())
+        return restore(self, expected)
+
+    monkeypatch.setattr(Checkpoints, "restore", count_and_restore)
+    alive, restoring = list[int](), list[int]()
+
+    def count() -> int:
+        gc.collect()
+        return sum(array.shape == (3,) for array in jax.live_arrays())
+
+    def stopping(step: int) -> dict[str, np.ndarray]:
+        alive.append(count())
+        if step == 7 and len(alive) == 8:
+            raise Stopped
+        return batch_at(step)
+
+    before = count()
+    with pytest.raises(Stopped):
+        fit(make_run(tmp_path), stopping)
+    fit(make_run(tmp_path), stopping)
+    # The kernel and its two moments.
+    assert {number - before for number in alive} == {3}
+    # What training would have begun with, in case that no checkpoint is whole.
+    assert restoring == [before + 1]
+
+
+def test_with_torn_checkpoints_alone_training_starts_over(make_run: Callable[..., Run], tmp_path: Path) -> None:
+    whole = fit(make_run(tmp_path / "whole"), batch_at)
+
+    def stopping(step: int) -> dict[str, np.ndarray]:
+        if step == 4:
+            raise Stopped
+        return batch_at(step)
+
+    with pytest.raises(Stopped):
+        fit(make_run(tmp_path / "torn"), stopping)
+    (extra,) = (tmp_path / "torn/line/checkpoints").glob("*/extra.json")
+    extra.write_text("{")
+    again = fit(make_run(tmp_path / "torn"), batch_at)
+    for left, right in zip(jax.tree.leaves(whole), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(left, right)
 
 
 def test_half_precision_parameters_are_trained_in_float32(make_run: Callable[..., Run], tmp_path: Path) -> None:
