@@ -7,7 +7,7 @@ the schema alone, so that it can be read as documentation.
 from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 # Scalars are strict: "4" is no integer, 1 is no boolean, 2.0 is no count, NaN and inf are no numbers. 1 is a float.
@@ -28,6 +28,14 @@ def _axis_size(size: int) -> int:
 
 
 AxisSize = Annotated[int, Field(strict=True), AfterValidator(_axis_size)]
+
+
+def _off(action: object) -> object:
+    return "off" if action is False else action
+
+
+# yaml reads a bare `off` as false.
+GuardAction = Annotated[Literal["stop", "skip", "off"], BeforeValidator(_off)]
 # It names a folder, so it can't hold a slash.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", strict=True)]
 
@@ -117,6 +125,15 @@ class MeshConfig(Section):
             raise wrong("fsdp" if self.fsdp == -1 else "tensor", "only one mesh axis may be -1")
         return self
 
+    @model_validator(mode="after")
+    def _sums_of_explicit(self) -> "MeshConfig":
+        if self.gradient_dtype != "float32" and not self.explicit:
+            raise wrong(
+                "gradient_dtype",
+                f"{self.gradient_dtype} needs mesh.explicit; else the compiler sums gradients in float32",
+            )
+        return self
+
 
 class SamplingConfig(Section):
     """How completions are drawn. `top_p: 1` and `top_k: 0` mean off; `temperature: 0` is greedy.
@@ -193,7 +210,7 @@ class GuardsConfig(Section):
     `stop` ends the stage, `skip` leaves that update out (`max_skips` in a row stop), `off` nothing.
     """
 
-    non_finite: Literal["stop", "skip", "off"] = "stop"
+    non_finite: GuardAction = "stop"
     max_skips: PositiveInt = 10
 
 
@@ -457,12 +474,12 @@ class PpoGuardsConfig(Section):
     `max_new_tokens`; off, since a fixed length may be meant. After `max_skips` steps skipped in a row the next stops.
     """
 
-    non_finite: Literal["stop", "skip", "off"] = "stop"
-    kl: Literal["stop", "skip", "off"] = "stop"
+    non_finite: GuardAction = "stop"
+    kl: GuardAction = "stop"
     max_kl: Positive = 200.0
-    entropy: Literal["stop", "skip", "off"] = "stop"
+    entropy: GuardAction = "stop"
     min_entropy: Positive = 1e-3
-    length: Literal["stop", "skip", "off"] = "off"
+    length: GuardAction = "off"
     max_skips: PositiveInt = 10
 
 

@@ -49,6 +49,7 @@ from almost_jax.io.records import write_bytes
 from almost_jax.io.run import Run
 from almost_jax.report import page
 from almost_jax.stages import as_is_reward, comparisons, demonstrations, dpo, queries, reward, rlsf, sft
+from almost_jax.stages.guards import loosened
 from almost_jax.stages.training import check_batches
 
 # status.json says this often how far a running stage is.
@@ -383,6 +384,11 @@ def _compare(stage: Stage, fingerprint: Fingerprint, directory: Path, status: St
         return ("stale", f"{left[0]} is there, but status.json does not know it") if left else ("run", "")
     if entry["fingerprint"] != fingerprint.digest:
         reasons = differences(entry["values"], fingerprint.values)
+        unfinished = entry["state"] != "done" and entry["upstream"] == fingerprint.upstream
+        if unfinished and loosened(entry["values"], fingerprint.values):
+            # Outputs that were made with these settings from the start go before.
+            if set_aside_entry(directory, stage.name, fingerprint.digest) is None:
+                return "resume", ", ".join(reasons)
         if not reasons:
             changed = [name for name, digest in fingerprint.upstream.items() if entry["upstream"].get(name) != digest]
             reasons = [f"upstream {name} is stale" for name in changed] or ["the stages before it are others"]

@@ -111,6 +111,15 @@ def test_overrides_are_typed_and_the_last_one_wins() -> None:
     assert load_experiment(MICROWORLD, ["ppo.kl_coef=1"]).ppo.kl_coef == 1.0
 
 
+@pytest.mark.parametrize("written", ["off", "'off'", "false"])
+def test_a_guard_can_be_off_as_people_write_it(tmp_path: Path, written: str) -> None:
+    assert load_experiment(MICROWORLD, [f"ppo.guards.kl={written}"]).ppo.guards.kl == "off"
+    config = load_experiment(child(tmp_path, f"ppo: {{guards: {{kl: {written}}}}}\n"), [])
+    assert config.ppo.guards.kl == "off"
+    (tmp_path / "dumped.yaml").write_text(dump_experiment(config))
+    assert load_experiment(tmp_path / "dumped.yaml", []) == config
+
+
 @pytest.mark.parametrize(
     ("override", "expected"),
     [
@@ -135,6 +144,7 @@ def test_overrides_are_typed_and_the_last_one_wins() -> None:
         ("models.small=3", "models.small: must be a valid string, not 3"),
         ("mesh.data=0", "mesh.data: an axis has a positive number"),
         ("mesh.fsdp=-1", "mesh.fsdp: only one mesh axis may be -1"),
+        ("mesh.gradient_dtype=bfloat16", "mesh.gradient_dtype: bfloat16 needs mesh.explicit"),
         ("name=a/b", "name: must match pattern"),
         ("nonsense", "must be a.b=v"),
         ("ppo..steps=1", "must be a.b=v"),

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from almost_jax import inputs, pipeline
 from almost_jax.config import ExperimentConfig, Section
-from almost_jax.errors import InputError
+from almost_jax.errors import InputError, TrainingDiverged
 from almost_jax.evaluation.judge import REPLIES
 from almost_jax.experiments import load_experiment
 from almost_jax.folder import locked, read_status
@@ -198,6 +198,67 @@ def test_a_failed_stage_says_so_and_resumes(bench: Bench) -> None:
     del bench.instead["reward"]
     assert bench() == NAMES[NAMES.index("reward") :]
     assert status_file(bench)["reward"]["error"] is None
+
+
+def stopped_by_a_guard(run: Run) -> dict[str, Any]:
+    run.path("rlsf").mkdir(exist_ok=True)
+    run.path("rlsf", "half").write_text("half")
+    raise TrainingDiverged("rlsf: diverged at step 3: kl 231.4 is above ppo.guards.max_kl 200")
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "goes_on"),
+    [
+        ([], ["max_kl=400"], True),
+        ([], ["kl=off"], True),
+        ([], ["kl=skip", "max_kl=400"], True),
+        ([], ["min_entropy=1e-4", "max_skips=20"], True),
+        ([], ["max_kl=100"], False),
+        ([], ["min_entropy=0.1"], False),
+        (["kl=skip"], ["kl=skip", "max_kl=400"], False),
+        (["kl=skip"], ["kl=skip", "max_skips=20"], True),
+        (["kl=skip"], ["kl=stop"], False),
+        (["kl=off"], ["kl=stop"], False),
+    ],
+)
+def test_a_stage_that_a_guard_stopped_goes_on_with_looser_ones(
+    bench: Bench, before: list[str], now: list[str], goes_on: bool
+) -> None:
+    def guards(settings: list[str]) -> list[str]:
+        return [f"ppo.guards.{setting}" for setting in settings]
+
+    bench.instead["rlsf"] = stopped_by_a_guard
+    with pytest.raises(TrainingDiverged):
+        bench(guards(before))
+    del bench.instead["rlsf"]
+    assert bench(guards(now), until="rlsf") == ["rlsf"]
+    assert f"rlsf: {'resume' if goes_on else 'stale'}: ppo.guards." in bench.lines
+    assert (bench.directory / "rlsf/half").exists() == goes_on
+    # Done, it is of these settings: neither run again with them nor taken for one of others.
+    assert bench(guards(now), until="rlsf") == []
+
+
+def test_looser_guards_and_another_change_make_a_stage_stale(bench: Bench) -> None:
+    bench.instead["rlsf"] = stopped_by_a_guard
+    with pytest.raises(TrainingDiverged):
+        bench()
+    with pytest.raises(TrainingDiverged):
+        bench(["ppo.guards.max_kl=400", "ppo.kl_coef=0.2"])
+    assert "rlsf: stale: ppo.guards.max_kl" in bench.lines or "rlsf: stale: ppo.kl_coef" in bench.lines
+
+
+def test_guards_of_a_stage_that_is_done_count(bench: Bench) -> None:
+    bench()
+    assert bench(["ppo.guards.max_kl=400"])[0] == "rlsf"
+
+
+def test_outputs_of_these_guards_from_the_start_go_before_looser_ones(bench: Bench) -> None:
+    bench(["ppo.guards.max_kl=400"], until="rlsf")
+    bench.instead["rlsf"] = stopped_by_a_guard
+    with pytest.raises(TrainingDiverged):
+        bench()
+    whole = bench(["ppo.guards.max_kl=400"], until="rlsf")
+    assert whole == [] and "back from stale/" in bench.lines
 
 
 def test_a_changed_key_makes_its_stage_and_what_follows_stale_and_says_why(bench: Bench) -> None:

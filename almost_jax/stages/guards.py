@@ -136,6 +136,33 @@ def update_problems(every: Sequence[Mapping[str, float]], ppo: PpoConfig) -> lis
     return found
 
 
+def loosened(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether all that changed are guards, and what they let through so far they would let through now.
+
+    A stage that such a guard has stopped may go on, and end as if the guards had been like this from the start.
+
+    Args:
+        before: values by dotted key, as the stage has read them so far.
+        now: as it would read them.
+    """
+    changed = [key for key in {**before, **now} if key not in before or key not in now or before[key] != now[key]]
+    return bool(changed) and all(_loosened(key, before, now) for key in changed)
+
+
+def _loosened(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    section, _, name = key.rpartition(".")
+    if not section.endswith(".guards") or key not in before or key not in now:
+        return False
+    # Steps that were skipped by a limit might not be by another.
+    if name == "max_kl":
+        return now[key] >= before[key] and before[f"{section}.kl"] != "skip"
+    if name == "min_entropy":
+        return now[key] <= before[key] and before[f"{section}.entropy"] != "skip"
+    if name == "max_skips":
+        return now[key] >= before[key]
+    return before[key] == "stop"
+
+
 def acts(problems: Iterable[Problem]) -> bool:
     """Whether any of the problems is acted on."""
     return any(problem.action != "off" for problem in problems)
