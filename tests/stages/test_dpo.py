@@ -222,6 +222,27 @@ def test_before_the_first_update_the_policy_is_the_reference(tuned_run: Callable
     assert load_model(str(run.path("dpo", "model")), run.mesh, "float32").kind == "policy"
 
 
+@pytest.mark.parametrize("packed_length", [0, 64])
+@pytest.mark.parametrize("objective, smoothing", [("sigmoid", 0.3), ("ipo", 0.0)])
+def test_a_steps_loss_is_that_of_the_objective_and_the_smoothing_of_the_config(
+    tuned_run: Callable[..., Run], tmp_path: Path, objective: str, smoothing: float, packed_length: int
+) -> None:
+    # One pair a step: its loss follows from the margin that is logged, beta h.
+    training = {**SECTION["training"], "batch_size": 1, "epochs": 1}  # type: ignore[dict-item]
+    run = tuned_run(
+        tmp_path, objective=objective, label_smoothing=smoothing, training=training, packed_length=packed_length
+    )
+    dpo.run_stage(run)
+    lines = read_records(run.path("dpo", "metrics.jsonl"))
+    margins = np.array([line["margin"] for line in lines])
+    if objective == "ipo":
+        expected = ((margins - 0.5) / SECTION["beta"]) ** 2
+    else:
+        expected = (1 - smoothing) * np.logaddexp(0.0, -margins) + smoothing * np.logaddexp(0.0, margins)
+    assert len(lines) > 20 and np.ptp(margins) > 0.1
+    np.testing.assert_allclose([line["loss"] for line in lines], expected, atol=1e-4)
+
+
 def test_it_learns_from_the_pairs_that_the_reward_model_learned_from(
     tuned_run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

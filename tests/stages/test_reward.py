@@ -163,6 +163,22 @@ def test_training_learns_what_tells_chosen_from_rejected(make_run: Callable[...,
     assert summary["accuracy"] > 0.85
 
 
+@pytest.mark.parametrize("packed_length", [0, 64])
+def test_a_steps_loss_has_the_margin_and_the_centering_of_the_config(
+    make_run: Callable[..., Run], tmp_path: Path, packed_length: int
+) -> None:
+    # One pair a step: its loss follows from the figures that are logged.
+    training = {"optimizer": {"learning_rate": 3e-3}, "batch_size": 1, "max_length": 64, "log_every": 1}
+    section = {"held_out": 8, "reference_samples": 20, "margin": 0.7, "centering": 0.3, "packed_length": packed_length}
+    run = make_run(tmp_path, reward={**section, "training": training})
+    reward.run_stage(run)
+    lines = read_records(run.path("reward", "metrics.jsonl"))
+    expected = [
+        np.logaddexp(0.0, 0.7 - line["margin"]) + 0.3 * (2 * line["score"]) ** 2 for line in lines
+    ]
+    assert len(lines) > 20 and [line["loss"] for line in lines] == pytest.approx(expected, abs=1e-5)
+
+
 @pytest.mark.parametrize("stop", [1, 3])
 def test_28_reward_model_stopped_and_resumed_is_the_same_to_the_byte(
     make_run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int

@@ -296,6 +296,18 @@ def test_fine_tuning_makes_demonstrated_responses_likely(make_run: Callable[...,
     assert losses[-1] < 0.6 * losses[0] and math.isfinite(losses[-1])
 
 
+def test_a_steps_loss_has_the_z_loss_of_the_config(make_run: Callable[..., Run], tmp_path: Path) -> None:
+    training = {"batch_size": 8, "max_length": 64, "log_every": 1}
+    lines = []
+    for z_loss in (0.0, 0.25):
+        run = make_run(tmp_path / str(z_loss), sft={"training": training, "z_loss": z_loss})
+        sft.fine_tune(run, "sft", "demonstrations.jsonl")
+        lines.append(read_records(run.path("sft", "metrics.jsonl"))[0])
+    plain, with_z = lines
+    assert with_z["z_squared"] > 0.1 and "z_squared" not in plain
+    assert with_z["loss"] == pytest.approx(plain["loss"] + 0.25 * with_z["z_squared"], rel=1e-6)
+
+
 def test_too_long_and_unanswered_demonstrations_are_left_out(make_run: Callable[..., Run], tmp_path: Path) -> None:
     run = make_run(tmp_path)
     records = read_records(run.path("demonstrations.jsonl"))
