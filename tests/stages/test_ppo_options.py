@@ -132,9 +132,23 @@ def test_storing_frozen_models_in_the_compute_dtype_changes_no_bit(
     np.testing.assert_array_equal(found[0].scores, found[1].scores)
 
 
-def test_updates_stop_where_the_policy_is_too_far(make_ppo: Callable[..., Run], tmp_path: Path) -> None:
-    run = make_ppo(tmp_path, early_stop_kl=1e-4, num_ppo_epochs=4, steps=2)
-    rlsf.run_stage(run)
+def test_updates_stop_where_the_policy_is_too_far(
+    make_ppo: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learn, made = rlsf.learn, [0]
+
+    def counting(*arguments: Any) -> Any:
+        found = learn(*arguments)
+        made.append(int(found[0].policy.step))
+        assert found[0].critic.step == made[-1]
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rlsf, "learn", counting)
+        run = make_ppo(tmp_path, early_stop_kl=1e-4, num_ppo_epochs=4, steps=2)
+        rlsf.run_stage(run)
+    # The update that found it is not among those that were made.
+    assert np.diff(made).tolist() == [line["updates"] for line in lines_of(run)]
     for line in lines_of(run):
         # The first update finds the policy where it sampled; 3e-3 takes it further than 1e-4.
         assert line["early_stopped"] == 1 and 1 <= line["updates"] < 8

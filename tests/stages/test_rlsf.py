@@ -497,11 +497,10 @@ def test_16_rollouts_are_judged_by_the_attention_of_the_updates_on_a_tpu_too(
     assert judging.reward == learning.reward
 
 
-def test_05_ppo_is_the_same_on_four_devices(make_ppo: Callable[..., Run], tmp_path: Path) -> None:
-    runs = [
-        make_ppo(tmp_path / "one", steps=2),
-        make_ppo(tmp_path / "four", steps=2, mesh=MeshConfig(data=2, fsdp=2), devices=4),
-    ]
+@pytest.mark.parametrize("explicit", [False, True])
+def test_05_ppo_is_the_same_on_four_devices(make_ppo: Callable[..., Run], tmp_path: Path, explicit: bool) -> None:
+    mesh = MeshConfig(data=2, fsdp=2, explicit=explicit)
+    runs = [make_ppo(tmp_path / "one", steps=2), make_ppo(tmp_path / "four", steps=2, mesh=mesh, devices=4)]
     lines = []
     for run in runs:
         rlsf.run_stage(run)
