@@ -96,6 +96,7 @@ def run_stage(run: Run) -> dict[str, Any]:
             packed_length=config.packed_length,
             steps=steps,
             seeds=NAME,
+            section="reward",
         )
         trained[name] = {"pairs": summary["pairs"]}
     scored = _scored(run, [one for one in fitting if one.pair.group in held_out], rows, list(sets))

@@ -83,7 +83,7 @@ def run_stage(run: Run) -> dict[str, Any]:
     if not fitting:
         raise InputError(f"dpo.training.max_length: none of {len(pairs)} pairs fits into {limit} tokens")
     # The reward model's seed: what it held out is held out here too.
-    train, test = split_pairs(fitting, config.held_out, run.seed("reward/split"))
+    train, test = split_pairs(fitting, config.held_out, run.seed("reward/split"), NAME)
     run.say(f"{NAME}: {len(train)} pairs to train on, {len(test)} held out, {len(pairs) - len(fitting)} too long")
     length = fixed_length(max(len(tokens) for pair in fitting for tokens, _ in _sides(rows, pair)))
     ordered = [*train, *test]

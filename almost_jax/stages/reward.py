@@ -197,13 +197,14 @@ def make_pair(group: str, query: str, chosen: str, rejected: str) -> Pair:
     return Pair(group, dialogue(chosen), dialogue(rejected), len(chosen), len(rejected))
 
 
-def split_pairs(pairs: Sequence[Pair], held_out: int, seed: int) -> tuple[list[Pair], list[Pair]]:
+def split_pairs(pairs: Sequence[Pair], held_out: int, seed: int, section: str) -> tuple[list[Pair], list[Pair]]:
     """Split into training and held-out pairs, group by group.
 
     Args:
         pairs: any pairs; a group's pairs stay together.
         held_out: at least so many pairs are held out, the last group with all of its pairs.
         seed: orders the groups, together with their names alone: another pair more or less doesn't reorder the rest.
+        section: the config's that has `held_out`, for messages.
 
     Raises:
         InputError: nothing is left to train on.
@@ -218,7 +219,7 @@ def split_pairs(pairs: Sequence[Pair], held_out: int, seed: int) -> tuple[list[P
         taken += sizes[group]
     train, test = parted(pairs, kept_out)
     if not train:
-        raise InputError(f"held_out: {held_out} leaves none of {len(pairs)} pairs to train on; hold out fewer")
+        raise InputError(f"{section}.held_out: {held_out} leaves none of {len(pairs)} pairs; hold out fewer")
     return train, test
 
 
@@ -249,6 +250,7 @@ def train_reward_model(
     packed_length: int,
     steps: int | None = None,
     seeds: str | None = None,
+    section: str | None = None,
 ) -> dict[str, Any]:
     """Train a reward model on pairs and save it with the moments of its scores.
 
@@ -264,16 +266,20 @@ def train_reward_model(
         packed_length: of the rows that a batch's pairs are packed into; 0 gives each text a row of its own.
         steps: of training, instead of `training.epochs`.
         seeds: the name whose seeds split, head, batches and reference are drawn from, instead of the stage's.
+        section: where the config has all this, for messages, if not in a section that is called like the stage.
 
     Returns:
         The summary, which evaluation.json holds too: numbers of pairs, and `pair_figures` on the held-out ones.
+
+    Raises:
+        InputError: no pair is left to train on; names the key.
     """
     source = run.model_to_train(model_name)
     tokenizer = source.tokenizer
-    fitting, rows, longest = _tokenized(tokenizer, pairs, row_limit(training, source.config))
-    seeds = seeds or name
+    seeds, section = seeds or name, section or name
+    fitting, rows, longest = _tokenized(tokenizer, pairs, row_limit(training, source.config), section)
     if isinstance(held_out, int):
-        train, test = split_pairs(fitting, held_out, run.seed(f"{seeds}/split"))
+        train, test = split_pairs(fitting, held_out, run.seed(f"{seeds}/split"), section)
     else:
         train, test = parted(fitting, held_out)
     run.say(f"{name}: {len(train)} pairs to train on, {len(test)} held out, {len(pairs) - len(fitting)} too long")
@@ -391,13 +397,13 @@ def load_reward_model(run: Run, name: str, alone: bool = False) -> Model:
 
 
 def _tokenized(
-    tokenizer: Tokenizer, pairs: Sequence[Pair], max_length: int
+    tokenizer: Tokenizer, pairs: Sequence[Pair], max_length: int, section: str
 ) -> tuple[list[Pair], dict[str, list[int]], int]:
     """The pairs whose texts both fit, the tokens of every text, and the longest fitting text's length."""
     rows = {text: text_tokens(tokenizer, text) for pair in pairs for text in (pair.chosen, pair.rejected)}
     fitting = [pair for pair in pairs if max(len(rows[pair.chosen]), len(rows[pair.rejected])) <= max_length]
     if not fitting:
-        raise InputError(f"training.max_length: none of {len(pairs)} pairs fits into {max_length} tokens")
+        raise InputError(f"{section}.training.max_length: none of {len(pairs)} pairs fits into {max_length} tokens")
     longest = max(len(rows[text]) for pair in fitting for text in (pair.chosen, pair.rejected))
     return fitting, rows, longest
 

@@ -100,7 +100,7 @@ def test_14_normalised_reference_scores_have_mean_0_and_std_1_also_after_loading
     kept = [record for record in read_records(run.path("comparisons.jsonl")) if record["kept"]]
     assert len(kept) == 48
     pairs = [reward.comparison_pair(queries, record) for record in kept]
-    train, test = reward.split_pairs(pairs, 8, run.seed("reward/split"))
+    train, test = reward.split_pairs(pairs, 8, run.seed("reward/split"), "reward")
     texts = reward.reference_texts(train, 30, run.seed("reward/reference"))
     assert len(texts) == 30
     loaded = reward.load_reward_model(run, "reward")
@@ -214,16 +214,16 @@ def test_05_reward_training_is_the_same_on_four_devices(make_run: Callable[..., 
 
 def test_a_querys_pairs_are_all_on_one_side() -> None:
     pairs = [reward.make_pair(f"q{i % 9}", f"what is {i % 9}", f"good {i}", f"bad {i}") for i in range(40)]
-    train, test = reward.split_pairs(pairs, 7, 3)
+    train, test = reward.split_pairs(pairs, 7, 3, "reward")
     groups = [{pair.group for pair in side} for side in (train, test)]
     assert not groups[0] & groups[1] and groups[0] | groups[1] == {f"q{i}" for i in range(9)}
     assert 7 <= len(test) < 7 + 5 and len(train) + len(test) == 40
     # Another query more does not move the others between the sides' order.
-    _, more = reward.split_pairs([*pairs, reward.make_pair("new", "x", "a", "b")], 7, 3)
+    _, more = reward.split_pairs([*pairs, reward.make_pair("new", "x", "a", "b")], 7, 3, "reward")
     assert {pair.group for pair in more} - {"new"} <= groups[1]
-    assert reward.split_pairs(pairs, 0, 3) == (pairs, [])
-    with pytest.raises(InputError, match="held_out: 40 leaves none of 40 pairs"):
-        reward.split_pairs(pairs, 40, 3)
+    assert reward.split_pairs(pairs, 0, 3, "reward") == (pairs, [])
+    with pytest.raises(InputError, match="^reward.held_out: 40 leaves none of 40 pairs"):
+        reward.split_pairs(pairs, 40, 3, "reward")
 
 
 def test_length_matched_accuracy_gives_longer_wins_one_half() -> None:
@@ -380,6 +380,15 @@ def test_a_file_without_votes_is_refused(make_run: Callable[..., Run], tmp_path:
     run = make_run(tmp_path / "run", as_is_reward={"votes": str(path)})
     with pytest.raises(InputError, match=r"as_is_reward.votes: .*votes.jsonl holds no pair"):
         as_is_reward.run_stage(run)
+
+
+@pytest.mark.parametrize("section", ["reward", "as_is_reward"])
+def test_where_no_pair_fits_the_key_is_named(make_run: Callable[..., Run], tmp_path: Path, section: str) -> None:
+    votes = {"votes": "microworld", "pairs": 40} if section == "as_is_reward" else {}
+    stage = reward.run_stage if section == "reward" else as_is_reward.run_stage
+    run = make_run(tmp_path, **{section: {**votes, "training": {"max_length": 4}}})
+    with pytest.raises(InputError, match=rf"^{section}\.training\.max_length: none of \d+ pairs fits into 4 tokens"):
+        stage(run)
 
 
 def test_as_is_model_is_trained_on_votes_and_reports_its_own_accuracy(

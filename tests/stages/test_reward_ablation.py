@@ -45,10 +45,11 @@ def test_each_set_is_learned_from_and_the_queries_held_out_are_the_same(
 ) -> None:
     run, fit, seen = ablated_run(tmp_path), reward.fit, dict[str, Any]()
 
-    def watching(run: Run, name: str, state: Any, step: Any, batch_at: Any, total: int, *rest: Any) -> Any:
+    def watching(run: Run, name: str, params: Any, *rest: Any) -> Any:
+        _, _, batch_at, total, *_ = rest
         batch = batch_at(1)
-        seen[name] = (jax.device_get(state.params["score"]["kernel"]), batch["tokens"].copy(), total)
-        return fit(run, name, state, step, batch_at, total, *rest)
+        seen[name] = (np.array(params["score"]["kernel"]), batch["tokens"].copy(), total)
+        return fit(run, name, params, *rest)
 
     monkeypatch.setattr(reward, "fit", watching)
     told = reward_ablation.run_stage(run)
@@ -154,14 +155,14 @@ def test_28_stopped_and_resumed_is_the_same_to_the_byte(
     reward_ablation.run_stage(whole)
     stopped, fit = ablated_run(tmp_path / "stopped"), reward.fit
 
-    def stopping(run: Run, name: str, state: Any, step: Any, batch_at: Any, *rest: Any) -> Any:
+    def stopping(run: Run, name: str, params: Any, config: Any, loss: Any, batch_at: Any, *rest: Any) -> Any:
         def until(place: int) -> dict[str, np.ndarray]:
             if name.endswith("heuristic") and place == 3:
                 raise Stopped
             batch: dict[str, np.ndarray] = batch_at(place)
             return batch
 
-        return fit(run, name, state, step, until, *rest)
+        return fit(run, name, params, config, loss, until, *rest)
 
     monkeypatch.setattr(reward, "fit", stopping)
     with pytest.raises(Stopped):
