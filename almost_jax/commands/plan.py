@@ -1,5 +1,6 @@
 """`almost-jax plan`: compile the main programs of an experiment for a TPU that isn't there."""
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -21,6 +22,7 @@ from almost_jax.config import ExperimentConfig
 from almost_jax.errors import InputError
 from almost_jax.experiments import load_experiment
 from almost_jax.plan.programs import program_names
+from almost_jax.plan.shapes import model_shape
 from almost_jax.plan.topologies import Topology, parse_topology, quiet_environment
 
 DOES_NOT_FIT = 1
@@ -112,7 +114,7 @@ def compile_all(
 
 def _compile(config: ExperimentConfig, topology: Topology, name: str) -> dict[str, Any]:
     text = config.model_dump_json()
-    place = _cache_folder() / f"{_key(text, topology, name)}.json"
+    place = _cache_folder() / f"{_key(text, _shapes(config), topology, name)}.json"
     if place.is_file():
         found: dict[str, Any] = json.loads(place.read_text(encoding="utf-8"))
         return found
@@ -133,9 +135,19 @@ def _compile(config: ExperimentConfig, topology: Topology, name: str) -> dict[st
     return report
 
 
-def _key(config: str, topology: Topology, name: str) -> str:
-    """What a report depends on: experiment, topology, program, our sources, and the compiler's versions."""
-    digest = hashlib.sha256(f"{config}\0{topology.name}\0{name}".encode())
+def _shapes(config: ExperimentConfig) -> list[str]:
+    """The shapes of the experiment's models, since a folder of the same name may hold another one by now."""
+    found = []
+    for key, source in sorted(config.models.items()):
+        # A model that a program doesn't use may be of no known shape.
+        with contextlib.suppress(InputError):
+            found.append(f"{key} {model_shape(f'models.{key}', source)}")
+    return found
+
+
+def _key(config: str, shapes: list[str], topology: Topology, name: str) -> str:
+    """What a report depends on: experiment, models, topology, program, our sources, and the compiler's versions."""
+    digest = hashlib.sha256("\0".join([config, *shapes, topology.name, name]).encode())
     for package in ("jax", "jaxlib", "libtpu", "flax", "optax"):
         digest.update(importlib.metadata.version(package).encode())
     root = Path(almost_jax.__file__).parent
@@ -174,6 +186,9 @@ def _sweep_points(config: ExperimentConfig, topology: Topology) -> list[tuple[st
                 continue
             fields = config.model_dump()
             fields["mesh"] |= mesh
+            if not mesh["explicit"]:
+                # The compiler's sums.
+                fields["mesh"]["gradient_dtype"] = "float32"
             fields["sft"]["training"]["micro_batches"] = micro
             label = " ".join(f"{key}={value}" for key, value in mesh.items())
             points.append((f"{label} micro_batches={micro}", ExperimentConfig.model_validate(fields)))
