@@ -3,15 +3,17 @@
 import dataclasses
 import importlib.util
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from almost_jax.config import MeshConfig
-from almost_jax.core.llama import LlamaConfig
+from almost_jax.core.llama import LlamaConfig, abstract_params
 from almost_jax.core.partitioning import make_mesh
 from almost_jax.errors import InputError
 from almost_jax.experiments import load_experiment
@@ -22,8 +24,9 @@ from almost_jax.plan.hlo import collectives
 from almost_jax.plan.programs import build, program_names, samples
 from almost_jax.plan.reads import read_bytes
 from almost_jax.plan.shapes import HUB, model_shape
-from almost_jax.plan.topologies import parse_topology
+from almost_jax.plan.topologies import parse_topology, quiet_environment
 from almost_jax.plan.worker import examine
+from almost_jax.stages import dpo
 from almost_jax.stages.pair_rows import PackedRows, PairTokens
 
 NO_LIBTPU = importlib.util.find_spec("libtpu") is None
@@ -157,7 +160,23 @@ def test_every_program_of_an_experiment_has_a_name(experiments_folder: Path) -> 
 
 def test_programs_that_sample_run_on_the_mesh_for_sampling(experiments_folder: Path) -> None:
     names = program_names(load_experiment(experiments_folder / "almost_small.yaml", []))
-    assert [name for name in names if not samples(name)] == ["sft_step", "reward_step", "ppo_update", "ppo_judge"]
+    assert [name for name in names if not samples(name)] == [
+        "sft_step", "reward_step", "ppo_update", "ppo_judge", "dpo_reference", "dpo_step"
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """libtpu ends a process in which it looks for a machine in vain, or finds a flag that it doesn't know."""
+    for name, value in quiet_environment().items():
+        monkeypatch.setenv(name, value)
+
+
+def test_libtpu_is_spared_the_flags_of_another_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false --xla_force_host_platform_device_count=8")
+    environment = quiet_environment()
+    assert environment["XLA_FLAGS"] == "--xla_force_host_platform_device_count=8"
+    assert environment["JAX_PLATFORMS"] == "cpu" and environment["PATH"] == os.environ["PATH"]
 
 
 def splash_shape(config: LlamaConfig, *_: Any) -> LlamaConfig:
@@ -184,9 +203,49 @@ def test_packed_pairs_are_planned_as_they_are_made(experiments_folder: Path, mon
     assert set(build(config, mesh, "reward_step").arguments[1]) == set(planned) - {"seen_ids"}
 
 
+@pytest.mark.parametrize("packed_length", [0, 384])
+def test_pairs_of_dpo_are_planned_as_they_are_made(experiments_folder: Path, packed_length: int) -> None:
+    overrides = [f"dpo.packed_length={packed_length}", "dpo.training.batch_size=6", "dpo.objective=ipo"]
+    config = load_experiment(experiments_folder / "microworld.yaml", overrides)
+    mesh = make_mesh(MeshConfig(data=2), jax.devices()[:2])
+    with jax.set_mesh(mesh):
+        step, reference = (build(config, mesh, name) for name in ("dpo_step", "dpo_reference"))
+        state, figures = jax.eval_shape(step.function, *step.arguments)
+        scored = reference.function.eval_shape(*reference.arguments)
+    assert scored.shape == (6, 2) and scored.dtype == jnp.float32
+    assert jax.tree.map(jnp.shape, state.params) == jax.tree.map(jnp.shape, reference.arguments[0])
+    assert {"loss", "margin"} <= set(figures) and "dpo.training.micro_batches" in step.knobs
+    # Pairs of the longest texts, that begin with nothing alike.
+    longest = config.dpo.training.max_length if config.dpo else 0
+    side = ([1] * longest, [False] + [True] * (longest - 1))
+    pairs, known = [(side, ([2] * longest, side[1]))] * 6, np.zeros((6, 2), np.float32)
+    if packed_length:
+        made = dpo.packed_batch(PackedRows((4,), 2, 384, True), pairs, known, 0)
+    else:
+        made = {**dpo.pair_batch(pairs, longest, 0), "reference": known}
+    assert {name: (array.shape, array.dtype) for name, array in made.items()} == {
+        name: (leaf.shape, leaf.dtype) for name, leaf in step.arguments[1].items()
+    }
+
+
+def test_what_lies_beside_ppos_programs_is_counted(experiments_folder: Path) -> None:
+    def beside(name: str, *overrides: str) -> int:
+        config = load_experiment(experiments_folder / "microworld.yaml", list(overrides))
+        mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+        return build(config, mesh, name).beside
+
+    shape = model_shape("models.small", "microworld:small")
+    parameters, head = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(shape))), shape.hidden_size
+    assert beside("ppo_update") == 4 * (2 * parameters + head)
+    assert beside("ppo_update", "ppo.kl_coef=0") == 4 * (parameters + head)
+    # Two moments of policy and critic, and the optimizers' counters.
+    assert 0 <= beside("ppo_judge") - 4 * 2 * (2 * parameters + head) <= 64
+    assert beside("sft_step") == 0
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(NO_LIBTPU, reason="needs libtpu: pip install almost-jax[tpu]")
-def test_decoding_on_a_mesh_for_sampling_reads_weights_and_cache_once(experiments_folder: Path) -> None:
+def test_decoding_on_a_mesh_for_sampling_reads_weights_and_cache_once(quiet: None, experiments_folder: Path) -> None:
     overrides = [
         "mesh.preset=square", "mesh.sampling={embed: 2, tensor: 2}", "compute_dtype=bfloat16",
         "models.large=HuggingFaceTB/SmolLM2-1.7B",
@@ -200,8 +259,9 @@ def test_decoding_on_a_mesh_for_sampling_reads_weights_and_cache_once(experiment
 
 @pytest.mark.slow
 @pytest.mark.skipif(NO_LIBTPU, reason="needs libtpu: pip install almost-jax[tpu]")
-@pytest.mark.parametrize("name", ["sft_step", "reward_step", "ppo_update", "ppo_judge", "score_reward", "decode_small"])
-def test_the_smallest_programs_compile_for_a_tpu(name: str, experiments_folder: Path) -> None:
+@pytest.mark.parametrize("name", ["sft_step", "reward_step", "ppo_update", "ppo_judge", "score_reward", "decode_small"]
+                         + ["dpo_reference", "dpo_step"])  # fmt: skip
+def test_the_smallest_programs_compile_for_a_tpu(quiet: None, name: str, experiments_folder: Path) -> None:
     config = load_experiment(experiments_folder / "microworld.yaml", ["mesh.data=4"])
     report = examine(config, parse_topology("v5e:2x2"), name)
     assert report["fits"] and 0 < report["peak_bytes"] < 4e9 and report["flops"] > 0

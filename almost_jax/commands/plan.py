@@ -202,17 +202,18 @@ def _sweep_points(config: ExperimentConfig, topology: Topology) -> list[tuple[st
 
 def _show(console: Console, topology: Topology, reports: list[dict[str, Any]]) -> None:
     usable = topology.chip.memory_bytes
-    console = Console(width=max(console.width, 120))
+    console = Console(width=max(console.width, 140))
     table = Table(title=f"{topology.name}: {usable / _GB:.1f} GB usable a chip", title_justify="left")
-    for heading in ("program", "fits", "peak GB", "parameters", "optimizer", "cache", "gathered GB", "reduced GB",
-                    "of it scattered", "floor s"):  # fmt: skip
-        table.add_column(heading, justify="left" if heading in ("program", "fits") else "right")
+    for heading in ("program", "fits", "peak GB", "beside GB", "parameters", "optimizer", "cache", "gathered GB",
+                    "reduced GB", "of it scattered", "floor s"):  # fmt: skip
+        table.add_column(heading, justify="left" if heading in ("program", "fits") else "right", no_wrap=True)
     for report in reports:
         moved, memory = report["collectives"], report["memory"]
         scattered = moved.get("reduce-scatter", {}).get("bytes", 0)
         reduced = scattered + moved.get("all-reduce", {}).get("bytes", 0)
         table.add_row(
             report["name"], "yes" if report["fits"] else "NO", f"{report['peak_bytes'] / _GB:.2f}",
+            f"{report['beside_bytes'] / _GB:.2f}",
             *(f"{memory[part] / _GB:.2f}" for part in ("parameters", "optimizer", "cache")),
             f"{moved.get('all-gather', {}).get('bytes', 0) / _GB:.1f}", f"{reduced / _GB:.1f}",
             f"{scattered / reduced:.0%}" if reduced else "-", f"{report['floor_seconds']:.3g}",
@@ -221,7 +222,8 @@ def _show(console: Console, topology: Topology, reports: list[dict[str, Any]]) -
     console.print("Floors are what peak rates allow at best; nothing here was timed.")
     for report in reports:
         if not report["fits"]:
-            over, knobs = (report["peak_bytes"] - usable) / _GB, ", ".join(report["knobs"])
+            over = (report["peak_bytes"] + report["beside_bytes"] - usable) / _GB
+            knobs = ", ".join(report["knobs"])
             console.print(f"{report['name']} needs {over:.1f} GB more than a chip has; try {knobs}")
         for warning in report["warnings"]:
             console.print(f"{report['name']}: {warning}")
@@ -233,7 +235,6 @@ def _propose(console: Console, reports: list[dict[str, Any]]) -> None:
     if not fitting:
         console.print("none of these fits")
         return
-
 
     def worth(report: dict[str, Any]) -> tuple[int, int]:
         micro = int(report["name"].split("micro_batches=")[1].split(":")[0])

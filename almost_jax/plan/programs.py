@@ -16,7 +16,7 @@ import optax
 from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh
 
-from almost_jax.config import ExperimentConfig, TrainingConfig
+from almost_jax.config import DpoConfig, ExperimentConfig, TrainingConfig
 from almost_jax.core.heads import head_axes
 from almost_jax.core.llama import (
     LlamaConfig,
@@ -33,6 +33,7 @@ from almost_jax.sampling.rows import Samples
 from almost_jax.sampling.rules import SamplingRules, draw
 from almost_jax.sampling.scoring import _sequence_scores
 from almost_jax.stages.actors import training_players
+from almost_jax.stages.dpo import _response_logprobs, dpo_loss_sums
 from almost_jax.stages.execution import judging_shape, training_shape, training_shardings, training_spread
 from almost_jax.stages.pair_rows import pair_loss_sums
 from almost_jax.stages.rollouts import Experience, Players, judge
@@ -44,8 +45,9 @@ from almost_jax.stages.updates import PpoState, make_optimizers, make_update
 class Program:
     """Something to compile: a jitted function and the abstract arguments to lower it with.
 
-    `parameters`, `optimizer` and `cache` are bytes of its arguments on a device; `knobs` are config keys that change
-    its memory; `heads` are the model's, `kv_heads` those of its cache.
+    `parameters`, `optimizer` and `cache` are bytes of its arguments on a device; `beside` are those of what lies there
+    too while it runs; `knobs` are config keys that change its memory; `heads` are the model's, `kv_heads` those of its
+    cache.
     """
 
     name: str
@@ -57,11 +59,14 @@ class Program:
     knobs: tuple[str, ...]
     heads: int = 0
     kv_heads: int = 0
+    beside: int = 0
 
 
 def program_names(config: ExperimentConfig) -> list[str]:
     """The programs of an experiment, by the names that `build` knows."""
     names = ["sft_step", "reward_step", "ppo_update", "ppo_judge", "score_reward"]
+    if config.dpo is not None:
+        names += ["dpo_reference", "dpo_step"]
     for name in _sampled(config):
         names += [f"prefill_{name}", f"decode_{name}"]
     return names
@@ -84,6 +89,10 @@ def build(config: ExperimentConfig, mesh: Mesh, name: str) -> Program:
         return _ppo_judge(config, mesh)
     if name == "score_reward":
         return _score_reward(config, mesh)
+    if name == "dpo_reference":
+        return _dpo_reference(config, mesh)
+    if name == "dpo_step":
+        return _dpo_step(config, mesh)
     kind, _, model = name.partition("_")
     return _sampling(config, mesh, kind, model)
 
@@ -142,20 +151,20 @@ def _state(config: ExperimentConfig, mesh: Mesh, shape: LlamaConfig, optimizer: 
 
 def _supervised(
     config: ExperimentConfig, mesh: Mesh, name: str, model: str, training: TrainingConfig, head: bool,
-    loss: Callable[..., Any], batch: dict[str, jax.ShapeDtypeStruct],
+    loss: Callable[..., Any], batch: dict[str, jax.ShapeDtypeStruct], runs_as: LlamaConfig | None = None,
 ) -> Program:  # fmt: skip
     shape = _shape(config, model)
     optimizer = make_optimizer(training.optimizer, 1000)
     state = _state(config, mesh, shape, optimizer, head)
     placement = jax.tree.map(lambda leaf: leaf.sharding, state)
     step = make_train_step(
-        functools.partial(loss, config=training_shape(shape, config.mesh, mesh)),
+        functools.partial(loss, config=runs_as or training_shape(shape, config.mesh, mesh)),
         optimizer,
         training.micro_batches,
         placement,
         training_spread(config.mesh, mesh, placement.params),
     )
-    section = "sft" if name == "sft_step" else "reward"
+    section = name.removesuffix("_step")
     knobs = tuple(f"{section}.training.{key}" for key in ("micro_batches", "batch_size", "max_length"))
     if "segment_ids" in batch:
         knobs += (f"{section}.packed_length",)
@@ -181,7 +190,8 @@ def _sft_step(config: ExperimentConfig, mesh: Mesh) -> Program:
 def _reward_step(config: ExperimentConfig, mesh: Mesh) -> Program:
     settings, training = config.reward, config.reward.training
     if settings.packed_length:
-        batch = _packed_pairs(config, mesh)
+        runs_as = training_shape(_shape(config, settings.model), config.mesh, mesh)
+        batch = _packed_pairs(mesh, training, settings.packed_length, runs_as.attention)
     else:
         shape = (training.batch_size, 2, training.max_length)
         batch = {"tokens": _rows(mesh, shape, jnp.int32), "lengths": _rows(mesh, shape[:2], jnp.int32)}
@@ -189,14 +199,52 @@ def _reward_step(config: ExperimentConfig, mesh: Mesh) -> Program:
     return _supervised(config, mesh, "reward_step", settings.model, training, True, loss, batch)
 
 
-def _packed_pairs(config: ExperimentConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+def _dpo(config: ExperimentConfig) -> DpoConfig:
+    assert config.dpo is not None, "an experiment without a `dpo:` section has none of its programs"
+    return config.dpo
+
+
+def _dpo_step(config: ExperimentConfig, mesh: Mesh) -> Program:
+    settings, shape = _dpo(config), _shape(config, config.sft.model)
+    training = settings.training
+    # As the stage has it: by the attention that scored the reference.
+    judged = judging_shape(shape, config.mesh, mesh)
+    runs_as = dataclasses.replace(training_shape(shape, config.mesh, mesh), attention=judged.attention)
+    if settings.packed_length:
+        batch = _packed_pairs(mesh, training, settings.packed_length, runs_as.attention)
+        batch |= {"targets": batch["tokens"], "reference": _rows(mesh, batch["ends"].shape, jnp.float32)}
+    else:
+        batch = _pairs(mesh, training) | {"reference": _rows(mesh, (training.batch_size, 2), jnp.float32)}
+    loss = functools.partial(dpo_loss_sums, settings=settings)
+    return _supervised(config, mesh, "dpo_step", config.sft.model, training, False, loss, batch, runs_as)
+
+
+def _dpo_reference(config: ExperimentConfig, mesh: Mesh) -> Program:
+    """The SFT model's log-probs of a batch of pairs, in float32 as it was loaded to be trained."""
+    settings, shape = _dpo(config), _shape(config, config.sft.model)
+    params = _placed(abstract_params(shape), shardings(logical_axes(shape), mesh), jnp.float32)
+    arguments = (params, _pairs(mesh, settings.training), judging_shape(shape, config.mesh, mesh))
+    return Program(
+        "dpo_reference", _response_logprobs, (*arguments, settings.length_normalized), device_bytes(params), 0, 0,
+        ("dpo.training.batch_size", "dpo.training.max_length", "mesh.fsdp", "mesh.tensor"),
+    )  # fmt: skip
+
+
+def _pairs(mesh: Mesh, training: TrainingConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """What `dpo.pair_batch` makes of pairs of the longest texts."""
+    shape = (training.batch_size, 2, training.max_length)
+    return {"tokens": _rows(mesh, shape, jnp.int32), "targets": _rows(mesh, shape, jnp.bool_)}
+
+
+def _packed_pairs(
+    mesh: Mesh, training: TrainingConfig, packed_length: int, attention: str
+) -> dict[str, jax.ShapeDtypeStruct]:
     """What `PackedRows.batch` makes of pairs of the longest texts that begin with nothing alike."""
-    training = config.reward.training
-    length = max(config.reward.packed_length, 2 * training.max_length)
+    length = max(packed_length, 2 * training.max_length)
     fitting, split = length // (2 * training.max_length), training.micro_batches * row_parts(mesh)
     rows = -(-training.batch_size // (fitting * split)) * split
     names = ["tokens", "positions", "segment_ids"]
-    if training_shape(_shape(config, config.reward.model), config.mesh, mesh).attention != "splash":
+    if attention != "splash":
         names.append("seen_ids")
     return {name: _rows(mesh, (rows, length), jnp.int32) for name in names} | {
         "ends": _rows(mesh, (rows, fitting, 2), jnp.int32), "present": _rows(mesh, (rows, fitting), jnp.bool_)
@@ -224,9 +272,22 @@ def _ppo_update(config: ExperimentConfig, mesh: Mesh) -> Program:
     moments = (state.policy.opt_state, state.critic.opt_state)
     return Program(
         "ppo_update", update, (state, _experience(config, mesh), _rows(mesh, (rows,), jnp.int32)),
-        device_bytes(trees), device_bytes(moments), 0,
-        ("ppo.micro_batches", "ppo.num_mini_batches", "ppo.batch_size", "mesh.remat", "mesh.explicit", "mesh.fsdp"),
+        device_bytes(trees), device_bytes(moments), 0, beside=device_bytes(_frozen(config, mesh)),
+        knobs=("ppo.micro_batches", "ppo.num_mini_batches", "ppo.batch_size", "mesh.remat", "mesh.explicit",
+               "mesh.fsdp", "ppo.frozen_dtype"),
     )  # fmt: skip
+
+
+def _frozen(config: ExperimentConfig, mesh: Mesh) -> tuple[Any, Any]:
+    """Reference (None where nothing uses it) and reward model, as PPO keeps them."""
+    players, dtype = _players(config), config.ppo.frozen_dtype
+
+    def kept(shape: LlamaConfig, head: bool) -> Any:
+        tree = _with_head(abstract_params(shape), shape) if head else abstract_params(shape)
+        axes = {**logical_axes(shape), **head_axes()} if head else logical_axes(shape)
+        return _placed(tree, shardings(axes, mesh), jnp.dtype(config.compute_dtype if dtype == "compute" else dtype))
+
+    return kept(players.policy, False) if config.ppo.uses_reference else None, kept(players.reward, True)
 
 
 def _players(config: ExperimentConfig) -> Players:
@@ -248,22 +309,11 @@ def _ppo_judge(config: ExperimentConfig, mesh: Mesh) -> Program:
         reward=judging_shape(players.reward, settings, mesh),
     )
 
-    def trained(shape: LlamaConfig, head: bool) -> Any:
-        tree = _with_head(abstract_params(shape), shape) if head else abstract_params(shape)
-        return _placed(tree, training_shardings(shape, settings, mesh, head), jnp.float32)
-
-    def kept(shape: LlamaConfig, head: bool) -> Any:
-        tree = _with_head(abstract_params(shape), shape) if head else abstract_params(shape)
-        axes = {**logical_axes(shape), **head_axes()} if head else logical_axes(shape)
-        dtype = config.compute_dtype if ppo.frozen_dtype == "compute" else ppo.frozen_dtype
-        return _placed(tree, shardings(axes, mesh), jnp.dtype(dtype))
-
-    trees = (
-        trained(players.policy, False),
-        kept(players.policy, False) if ppo.uses_reference else None,
-        trained(players.critic, True),
-        kept(players.reward, True),
-    )
+    policy_optimizer, critic_optimizer = make_optimizers(ppo)
+    policy = _state(config, mesh, players.policy, policy_optimizer, False)
+    critic = _state(config, mesh, players.critic, critic_optimizer, True)
+    reference, reward = _frozen(config, mesh)
+    trees = (policy.params, reference, critic.params, reward)
     rows, answer = ppo.batch_size, (ppo.batch_size, ppo.sampling.max_new_tokens)
     samples = Samples(
         tokens=_rows(mesh, answer, jnp.int32), logprobs=_rows(mesh, answer, jnp.float32),
@@ -275,6 +325,7 @@ def _ppo_judge(config: ExperimentConfig, mesh: Mesh) -> Program:
     return Program(
         "ppo_judge", judge, (*trees, *prompts, samples, judging, parts), device_bytes(trees), 0, 0,
         ("ppo.judge_micro_batches", "ppo.batch_size", "ppo.frozen_dtype", "mesh.fsdp"),
+        beside=device_bytes((policy.opt_state, critic.opt_state)),
     )  # fmt: skip
 
 

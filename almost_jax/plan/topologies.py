@@ -70,9 +70,14 @@ def parse_topology(name: str) -> Topology:
 
 
 def quiet_environment() -> dict[str, str]:
-    """Environment in which libtpu looks for no machine, says little, and may be loaded by several processes."""
+    """Environment in which libtpu looks for no machine, says little, and may be loaded by several processes.
+
+    Flags of the CPU's compiler are left out of XLA_FLAGS: libtpu ends a process that has one it doesn't know.
+    """
+    flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if not flag.startswith("--xla_cpu_")]
     return {
         **os.environ,
+        "XLA_FLAGS": " ".join(flags),
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_ACCELERATOR_TYPE": "v5litepod-4",

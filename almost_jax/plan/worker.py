@@ -49,7 +49,8 @@ def examine(config: ExperimentConfig, topology: Topology, name: str) -> dict[str
     """Compile a program; the figures that `plan` reports of it.
 
     Returns:
-        "name", "fits", "peak_bytes", "argument_bytes", "temp_bytes", "memory" (parameters, optimizer, cache, rest),
+        "name", "fits", "peak_bytes" of the program, "beside_bytes" of what lies there besides, "argument_bytes",
+        "temp_bytes", "memory" (parameters, optimizer, cache, rest),
         "read_bytes" of a call and "read_bound_bytes" below which it can't be, "flops" (of all chips), "collectives",
         "floor_seconds", "mesh", "warnings", "knobs"; all bytes of one chip.
     """
@@ -70,7 +71,7 @@ def examine(config: ExperimentConfig, topology: Topology, name: str) -> dict[str
     floor = max(flops / topology.chips / chip.peak_flops, bound / chip.bandwidth)
     report: dict[str, Any] = {
         "name": name, "mesh": dict(mesh.shape), "flops": flops, "floor_seconds": floor, "read_bound_bytes": bound,
-        "knobs": list(program.knobs),
+        "knobs": list(program.knobs), "beside_bytes": program.beside,
     }  # fmt: skip
     try:
         compiled = lowered.compile()
@@ -93,7 +94,7 @@ def examine(config: ExperimentConfig, topology: Topology, name: str) -> dict[str
         moved, read = collectives(""), None
         unread.append(f"the compiler can't print this program: its collectives are unknown ({_line(error)})")
     return report | {
-        "fits": peak <= chip.memory_bytes,
+        "fits": peak + program.beside <= chip.memory_bytes,
         "peak_bytes": peak,
         "argument_bytes": int(memory.argument_size_in_bytes),
         "temp_bytes": int(memory.temp_size_in_bytes),
