@@ -30,6 +30,15 @@ def _axis_size(size: int) -> int:
 AxisSize = Annotated[int, Field(strict=True), AfterValidator(_axis_size)]
 
 
+def _temperature(value: float) -> float:
+    if value != 0 and value < 1e-6:
+        raise ValueError("a temperature is 0 (greedy), or 1e-6 or more")
+    return value
+
+
+Temperature = Annotated[float, Field(strict=True, allow_inf_nan=False), AfterValidator(_temperature)]
+
+
 def _off(action: object) -> object:
     return "off" if action is False else action
 
@@ -146,7 +155,7 @@ class SamplingConfig(Section):
     refilled within a group, and a stopped stage samples the group at work again.
     """
 
-    temperature: NonNegative = 1.0
+    temperature: Temperature = 1.0
     top_p: Annotated[float, Field(gt=0, le=1, strict=True)] = 1.0
     top_k: NonNegativeInt = 0
     max_new_tokens: PositiveInt = 256
@@ -161,7 +170,7 @@ class SamplingConfig(Section):
 class AnswersConfig(SamplingConfig):
     """`SamplingConfig` for answers to the Vicuna questions: drawn as FastChat drew its own, unless said otherwise."""
 
-    temperature: NonNegative = 0.7
+    temperature: Temperature = 0.7
     max_new_tokens: PositiveInt = 1024
 
 

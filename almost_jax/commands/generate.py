@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -102,8 +103,11 @@ def generate_command(
     The last line on standard error is a JSON object with the rates.
     """
     check_dtype(dtype)
-    if prompts.resolve() == out.resolve():
-        raise InputError(f"{out}: is the input; expected another file")
+    for given in (prompts, *(() if prefix_file is None else (prefix_file,))):
+        for written in (out, partial_path(out)):
+            if given.resolve() == written.resolve():
+                what = "is" if written is out else f"is written by way of {written.name}, which is"
+                raise InputError(f"{out}: {what} the input; expected another file")
     if not 0 < top_p <= 1:
         raise InputError(f"--top-p {top_p}: must be above 0 and at most 1")
     if any(not text for text in stop or []):
@@ -250,6 +254,8 @@ def generate_file(model: Model, prompts: Sequence[Prompt], out: Path, sampling: 
 
 def _record(model: Model, done: Completion, stops: Sequence[str], digest: str) -> Record:
     name, _, sample = done.id.rpartition("/")
+    if not all(map(math.isfinite, done.logprobs)):
+        raise InputError(f"{model.name}: log-probs for prompt {name!r} aren't finite; look at the weights, or --dtype")
     text = model.tokenizer.decode_behind(done.content)
     if done.finish == "stop_string":
         text = text[: min(place for place in (text.find(stop) for stop in stops) if place >= 0)]
@@ -275,8 +281,12 @@ def _limit(prompt: Prompt, room: int, sampling: Sampling) -> int:
 def _check_resumed(writer: RecordWriter, digests: Mapping[str, str]) -> None:
     """Refuse to go on with a file of other prompts or settings."""
     partial = partial_path(writer.path)
-    if not writer.done <= set(digests):
-        raise InputError(f"{partial}: is of other prompts; delete it to start over")
+    strange = sorted(writer.done - set(digests))
+    if strange:
+        raise InputError(
+            f"{partial}: holds {strange[0]!r} (prompt/sample), which isn't asked for: other prompts, or a lower -n; "
+            "delete it to start over"
+        )
     for number, record in enumerate(writer.written(), start=1):
         if record.get("run") != digests[writer.key(record)]:
             raise InputError(
@@ -287,7 +297,7 @@ def _check_resumed(writer: RecordWriter, digests: Mapping[str, str]) -> None:
 
 def _read_text(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: can't be read ({error}); expected a text in UTF-8") from error
     if not text:

@@ -7,6 +7,7 @@ prefix (a few-shot prompt), and a request whose prompt goes on from an earlier o
 reads only what is new. A long prompt with several samples stays one copy, which every step reads once for all of them.
 """
 
+import bisect
 import collections
 import contextlib
 import dataclasses
@@ -58,12 +59,20 @@ class _Admitted:
     logprobs: Array
 
 
+@dataclasses.dataclass
+class _Shelf:
+    """A cache for what ended requests keep, and its rows that are free, in ascending order."""
+
+    cache: Cache
+    free: list[int]
+
+
 @dataclasses.dataclass(frozen=True)
 class _Kept:
-    """An ended request's tokens, and its row in a cache that was set aside."""
+    """An ended request's tokens, and its row on a shelf."""
 
     tokens: tuple[int, ...]
-    cache: Cache
+    shelf: _Shelf
     row: int
 
 
@@ -100,10 +109,16 @@ class Engine:
         # As many more slots as it takes to split them evenly over the devices.
         self._batch = -(-settings.slots // place.rows) * place.rows
         self._rows = place.rows
+        # More steps than the longest completion has would be for nothing.
+        self._steps = min(settings.steps_per_wake, rules.max_new_tokens)
         usual = self._bucket(1)
         few = self._even(-(-usual // _FORKED))
         self._sizes = Sizes(few, usual, self._batch, place.rows, settings.prefill_tokens)
         self._kept: dict[str, _Kept] = {}
+        self._shelves: list[_Shelf] = []
+        # The rows of a new shelf.
+        self._shelf_rows = self._batch
+        self._busy = False
         self._slots: Slots | None = None
         # The prompts that samples share in the run that is going on, and what was read of them.
         self._table: Table | None = None
@@ -113,7 +128,10 @@ class Engine:
     def run(self, requests: Sequence[Request]) -> Iterator[Completion]:
         """Continue every request; completions come as they finish.
 
+        One run at a time: exhaust or close what is returned before the next run begins.
+
         Raises:
+            RuntimeError: the run before still goes on.
             InputError: an empty prompt, a token outside the vocabulary, an id given twice, a limit above the rules', an
                 unknown parent, or a prompt that leaves no room for its new tokens within the model's positions.
         """
@@ -121,22 +139,26 @@ class Engine:
         return self._run(requests)
 
     def forget(self, ids: Iterable[str] | None = None) -> None:
-        """Free what was kept of some requests, or of all."""
+        """Free what was kept of some requests, or of all: their rows are used again, empty shelves go."""
         for name in list(self._kept) if ids is None else ids:
-            self._kept.pop(name, None)
+            kept = self._kept.pop(name, None)
+            if kept is not None:
+                # In an order that doesn't depend on that of the ids, which may differ between hosts.
+                bisect.insort(kept.shelf.free, kept.row)
+        self._shelves = [shelf for shelf in self._shelves if len(shelf.free) < shelf.cache.lengths.shape[0]]
 
     def _run(self, requests: Sequence[Request]) -> Iterator[Completion]:
-        k = self._settings.steps_per_wake
         waiting = collections.deque(requests)
         running: dict[int, _Running] = {}
         completions: list[Completion] = []
-        with self.stats.measured(self._programs), self._emptied_on_failure():
+        self._shelf_rows = self._bucket(min(sum(one.keep for one in requests), self._batch))
+        with self._alone(), self.stats.measured(self._programs), self._emptied_on_failure():
             with self._sharing(requests):
                 while waiting or running:
                     admitted: list[_Admitted] = []
                     if waiting and (not running or self._refills(len(running))):
                         admitted = self._admit(waiting, running)
-                    self._slots, drawn = self._programs.decode(self._taken(), *self._before(), k)
+                    self._slots, drawn = self._programs.decode(self._taken(), *self._before(), self._steps)
                     yield from completions
                     ended = self._collect(running, *jax.device_get((drawn, admitted)))
                     self._set_aside([(place, running[place]) for place, _ in ended])
@@ -147,6 +169,17 @@ class Engine:
                     completions = [completion for _, completion in ended]
             with self.stats.paused():
                 yield from completions
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Slots and table are of one run."""
+        if self._busy:
+            raise RuntimeError("this engine's last run still goes on; exhaust or close its completions first")
+        self._busy = True
+        try:
+            yield
+        finally:
+            self._busy = False
 
     @contextlib.contextmanager
     def _emptied_on_failure(self) -> Iterator[None]:
@@ -210,12 +243,11 @@ class Engine:
         every = [*chosen, *running]
         own = [self._limit(one) + (0 if self._table is not None else len(one.prompt)) for one in every]
         size = bucket_size(max(own), _ROOM)
-        k = self._settings.steps_per_wake
         if self._slots is None or (not running and room(self._slots.cache) > size):
             self._slots = None
-            self._slots = self._programs.empty_slots(self._batch, size, *self._before(), k)
+            self._slots = self._programs.empty_slots(self._batch, size, *self._before(), self._steps)
         elif room(self._slots.cache) < size:
-            self._slots = self._programs.grow(self._taken(), size, *self._before(), k)
+            self._slots = self._programs.grow(self._taken(), size, *self._before(), self._steps)
 
     def _groups(self, chosen: Sequence[Request]) -> "list[_Group]":
         """Requests whose prompts are read together: of one shape, no more than a program should read."""
@@ -288,16 +320,16 @@ class Engine:
         """A cache of the group's rows, each holding what is kept of its parent."""
         size = bucket_size(max(group.starts) + group.width, _ROOM)
         cache = self._programs.empty_cache(rows, size)
-        by_cache: dict[int, list[int]] = {}
+        by_shelf: dict[int, list[int]] = {}
         for row, own in enumerate(group.forks):
             if group.starts[row]:
-                by_cache.setdefault(id(self._kept[str(own[0].parent)].cache), []).append(row)
-        for members in by_cache.values():
+                by_shelf.setdefault(id(self._kept[str(own[0].parent)].shelf), []).append(row)
+        for members in by_shelf.values():
             parents = [self._kept[str(group.forks[row][0].parent)] for row in members]
             rest = self._bucket(len(members)) - len(members)
             cache = self._programs.restore(
                 cache,
-                parents[0].cache,
+                parents[0].shelf.cache,
                 np.array([parent.row for parent in parents] + [0] * rest, np.int32),
                 np.array(members + [rows] * rest, np.int32),
                 np.array([group.starts[row] for row in members] + [0] * rest, np.int32),
@@ -370,12 +402,33 @@ class Engine:
         if not keeping:
             return
         assert self._slots is not None, "a request that ended had a slot"
-        places = [place for place, _ in keeping]
-        padded = places + places[:1] * (self._bucket(len(places)) - len(places))
-        cache = self._programs.take(self._slots.cache, np.array(padded, np.int32))
-        for row, (_, one) in enumerate(keeping):
+        self.forget(one.request.id for _, one in keeping)
+        while keeping:
+            shelf = self._free_shelf(room(self._slots.cache))
+            part, keeping = keeping[: len(shelf.free)], keeping[len(shelf.free) :]
+            rows, shelf.free = shelf.free[: len(part)], shelf.free[len(part) :]
+            count = self._bucket(len(part))
             # The last token drawn is not in the cache.
-            self._kept[one.request.id] = _Kept((*one.request.prompt, *one.tokens[:-1]), cache, row)
+            tokens = [(*one.request.prompt, *one.tokens[:-1]) for _, one in part]
+            rest = count - len(part)
+            shelf.cache = self._programs.restore(
+                shelf.cache,
+                self._slots.cache,
+                np.array([place for place, _ in part] + [0] * rest, np.int32),
+                np.array(rows + [shelf.cache.lengths.shape[0]] * rest, np.int32),
+                np.array([len(one) for one in tokens] + [0] * rest, np.int32),
+            )
+            for row, text, (_, one) in zip(rows, tokens, part, strict=True):
+                self._kept[one.request.id] = _Kept(text, shelf, row)
+
+    def _free_shelf(self, size: int) -> _Shelf:
+        """A shelf with a free row of so much room."""
+        for shelf in self._shelves:
+            if shelf.free and room(shelf.cache) == size:
+                return shelf
+        cache = self._programs.empty_cache(self._shelf_rows, size)
+        self._shelves.append(_Shelf(cache, list(range(self._shelf_rows))))
+        return self._shelves[-1]
 
     def _taken(self) -> Slots:
         """The slots, for a program that is given their memory."""
@@ -440,10 +493,15 @@ def generate(
 
 
 def in_order(requests: Sequence[Request], completions: Iterator[Completion]) -> Iterator[Completion]:
-    """Completions in the order of their requests."""
+    """Completions in the order of their requests; the run they come from is over before the last of them is given."""
     early: dict[str, Completion] = {}
+    given = 0
     for request in requests:
         while request.id not in early:
             completion = next(completions)
             early[completion.id] = completion
+            given += 1
+        if given == len(requests):
+            # Nothing more comes, but what a run does at its end.
+            collections.deque(completions, maxlen=0)
         yield early.pop(request.id)

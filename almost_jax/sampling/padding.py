@@ -11,10 +11,10 @@ def bucket_length(length: int, multiple: int) -> int:
 
 
 def bucket_size(length: int, smallest: int) -> int:
-    """A length for which programs are compiled, at or above `length`: few, and at most a quarter too long from 64 on.
+    """A length for which programs are compiled, at or above `length`: few.
 
-    Doubling from `smallest` on, then multiples of a quarter of the power of two below: 16, 32, 64, 80, 96, 112, 128,
-    160, ...
+    Doubling from `smallest` to four times as much, then multiples of a quarter of the power of two below, which are at
+    most a quarter too long: from 16 on 16, 32, 64, 80, 96, 112, 128, 160, ..., from 64 on 64, 128, 256, 320, ...
     """
     size = smallest
     while size < length and size < 4 * smallest:

@@ -162,15 +162,8 @@ class Programs:
     ) -> Slots:
         """`sampler.grow`, laid out as `decode` wants it."""
         self._formats = self._wanted(slots.last.shape[0], size, prefix, prompts, steps)
-        shape = "grow", slots.last.shape, room(slots.cache), size, self._formats
+        shape = "grow", slots.last.shape, room(slots.cache), size, _layout(slots.cache), self._formats
         found: Slots = self._call(shape, _compiled_grow, (slots,), size, self._formats)
-        return found
-
-    def take(self, cache: Cache, places: np.ndarray) -> Cache:
-        """`sampler.take`."""
-        arguments = cache, self.place.put(places)
-        shape = "take", cache.lengths.shape, room(cache), places.shape, self._formats
-        found: Cache = self._call(shape, _compiled_take, arguments, self.config)
         return found
 
     def empty_cache(self, rows: int, size: int) -> Cache:
@@ -183,7 +176,9 @@ class Programs:
     ) -> Cache:
         """`sampler.restore`."""
         arguments = cache, kept, *(self.place.put(array) for array in (rows, places, lengths))
-        shape = "restore", cache.lengths.shape, room(cache), kept.lengths.shape, room(kept), rows.shape
+        # What is kept of slots lies as those do.
+        layout = _layout(kept)
+        shape = "restore", cache.lengths.shape, room(cache), kept.lengths.shape, room(kept), rows.shape, layout
         found: Cache = self._call(shape, _compiled_restore, arguments, self.config)
         return found
 
@@ -230,6 +225,11 @@ class Programs:
 def room(cache: Cache) -> int:
     """S, the tokens that each row of a cache has room for."""
     return int(jax.tree.leaves(cache.keys)[0].shape[-1])
+
+
+def _layout(cache: Cache) -> Any:
+    """How a cache's keys lie in memory: the compiler may have chosen for slots."""
+    return jax.tree.leaves(cache.keys)[0].format
 
 
 def _size(prompts: Prompts | None) -> tuple[int, ...]:
@@ -386,11 +386,6 @@ def _compiled_halt(shapes: Any, place: Place, formats: _Static) -> Any:
 @functools.lru_cache(maxsize=_KEPT)
 def _compiled_grow(shapes: Any, place: Place, size: int, formats: _Static) -> Any:
     return _compile(lambda slots: sampler.grow(slots, size), shapes, place, formats.tree)
-
-
-@functools.lru_cache(maxsize=_KEPT)
-def _compiled_take(shapes: Any, place: Place, config: LlamaConfig) -> Any:
-    return _compile(sampler.take, shapes, place, _cache_shardings(config, place))
 
 
 @functools.lru_cache(maxsize=_KEPT)

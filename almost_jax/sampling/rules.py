@@ -1,6 +1,7 @@
 """How the next token is drawn: temperature, then top-k, then top-p, and one key per row."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,8 @@ from jax import Array
 
 # The bits of a float32 in [0, 1], read as an integer, lie below 2 ** 30.
 _UNIT_BITS = 30
+# Logits over lower temperatures may be infinite in float32.
+COLDEST = 1e-6
 # Tokens that are drawn from together, see `_pick`.
 _BLOCK = 128
 
@@ -26,8 +29,8 @@ class SamplingRules:
     stop_tokens: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature {self.temperature} must be 0 (greedy) or more")
+        if self.temperature != 0 and not COLDEST <= self.temperature < math.inf:
+            raise ValueError(f"temperature {self.temperature} must be 0 (greedy), or {COLDEST:g} or more, and finite")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p {self.top_p} must be above 0 and at most 1")
         if self.top_k < 0:
@@ -112,7 +115,8 @@ def _top_p(weights: Array, top_p: float) -> Array:
     30 sums over the vocabulary instead of a sort, and no tolerance.
     """
     bits = jax.lax.bitcast_convert_type(weights, jnp.int32)
-    target = top_p * weights.sum(axis=1)
+    # A tiny share would be flushed to 0, which no weight at all reaches.
+    target = jnp.maximum(top_p * weights.sum(axis=1), jnp.finfo(jnp.float32).tiny)
 
     def narrow(step: Array, edge: Array) -> Array:
         higher = edge | (1 << (_UNIT_BITS - 1 - step))

@@ -238,21 +238,12 @@ def grow(slots: Slots, size: int) -> Slots:
     return dataclasses.replace(slots, cache=cache)
 
 
-def take(cache: Cache, places: Array) -> Cache:
-    """A copy of some rows of a cache: places [A] int32."""
-
-    def rows(leaf: Array) -> Array:
-        return leaf[:, places] if leaf.ndim == 5 else leaf[places]
-
-    return Cache(jax.tree.map(rows, cache.keys), jax.tree.map(rows, cache.values), cache.lengths[places])
-
-
 def restore(cache: Cache, kept: Cache, rows: Array, places: Array, lengths: Array) -> Cache:
-    """Copy kept rows to the beginning of a cache's rows, for prompts that go on from them.
+    """Copy rows of one cache to the beginning of another one's rows.
 
     Args:
         cache: [R, ...], is donated.
-        kept: [A, ...], from `take`.
+        kept: [A, ...].
         rows: [R'] int32, rows of `kept`.
         places: [R'] int32, where each goes; R is nowhere.
         lengths: [R'] int32, how many of each row's tokens count.
@@ -274,7 +265,8 @@ def _copied(own: Array, new: Array, rows: Array, places: Array) -> Array:
     high, wide = (min(own.shape[axis], new.shape[axis]) for axis in (-2, -1))
     if own.ndim == 5:
         return own.at[:, places, :, :high, :wide].set(new[:, rows, :, :high, :wide], mode="drop")
-    if platform() != "cpu" or not jax.sharding.get_abstract_mesh().empty:
+    mesh = jax.sharding.get_abstract_mesh()
+    if platform() != "cpu" or not (mesh.empty or mesh.size == 1):
         return own.at[places, :, :high, :wide].set(new[rows, :, :high, :wide], mode="drop")
     # A CPU gathers rows number by number and needs memory for all of them; one after the other they are copied.
     last = own.shape[0] - 1

@@ -193,10 +193,11 @@ def play_chunk(
         keep = config.reuse_cache and turn + 1 < config.max_turns
         if turn:
             requests = [
-                DialogueRequest(name, dialogue.turns, keep=keep, parent=heard.pop(dialogue.query_id, None))
+                DialogueRequest(name, dialogue.turns, keep=keep, parent=heard.get(dialogue.query_id))
                 for dialogue in playing
                 for name in [f"{dialogue.query_id}/{turn}"]
             ]
+            before = list(heard.values())
             heard = {dialogue.query_id: f"{dialogue.query_id}/{turn}" for dialogue in playing} if keep else {}
             for dialogue, asked in zip(playing, user.reply(requests, "human"), strict=True):
                 advance(1)
@@ -206,6 +207,7 @@ def play_chunk(
                     dialogue.add("human", asked.text, [])
                 else:
                     dialogue.end()
+            user.forget(before)
             playing = _still_open(playing, _turns(config) - 2 * turn, advance)
         requests = [
             DialogueRequest(f"{name}/{turn}/{candidate}", dialogue.turns, keep, said.get(name))

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from almost_jax.commands import generate
@@ -151,6 +153,8 @@ def test_bad_options_are_named(tmp_path: Path, capsys: Any, folder: Path) -> Non
         (("--prefix-file", tmp_path / "none.txt"), "none.txt: can't be read"),
         (("--max-new-tokens", 3000), "prompts.jsonl, line 1: request 'one/0': prefix 0 + prompt 2 + max_new_tokens"),
         (("--temperature", "nan"), "'--temperature'"),
+        (("--temperature", 1e-9), "temperature 1e-09 must be 0 (greedy), or 1e-06 or more, and finite"),
+        (("--temperature", "inf"), "temperature"),
         (("--seed", 2**32), "'--seed'"),
     ]:
         code, _, err = sample(capsys, folder, out, *more)
@@ -158,6 +162,51 @@ def test_bad_options_are_named(tmp_path: Path, capsys: Any, folder: Path) -> Non
         assert not partial_path(out).exists()
     code, _, err = sample(capsys, folder, tmp_path)
     assert code == 2 and err == f"almost-jax: {tmp_path}: is a folder; expected a file's name\n"
+
+
+def test_nothing_that_is_read_is_written_over(tmp_path: Path, capsys: Any, folder: Path) -> None:
+    prefix, prompts = tmp_path / "prefix.txt", tmp_path / "out.jsonl.partial"
+    prefix.write_text("w5 w6", encoding="utf-8")
+    prompts.write_text('{"prompt": "w3"}', encoding="utf-8")
+    given = ("--model", folder / "model", "--prefix-file", prefix)
+    for more in (
+        ("--prompts", prompts, "--out", tmp_path / "out.jsonl"),
+        ("--prompts", prompts, "--out", prompts),
+        ("--prompts", prompts, "--out", prefix),
+    ):
+        code, _, err = command(capsys, "generate", *given, *more)
+        assert code == 2 and "the input; expected another file" in err and len(err.splitlines()) == 1
+    assert prefix.read_text() == "w5 w6" and prompts.read_text() == '{"prompt": "w3"}'
+
+
+def test_fewer_samples_than_were_begun_are_refused_by_name(tmp_path: Path, capsys: Any, folder: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    assert sample(capsys, folder, out, "-n", 3)[0] == 0
+    out.rename(partial_path(out))
+    code, _, err = sample(capsys, folder, out, "-n", 2)
+    assert code == 2 and "'2/2' (prompt/sample), which isn't asked for: other prompts, or a lower -n" in err
+    assert sample(capsys, folder, out, "-n", 3)[0] == 0
+
+
+def test_log_probs_that_are_no_numbers_are_named(
+    tmp_path: Path, capsys: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = generate.load_model
+
+    def broken(*arguments: Any) -> Any:
+        model = load(*arguments)
+        return dataclasses.replace(model, params=jax.tree.map(lambda leaf: leaf * jnp.nan, model.params))
+
+    monkeypatch.setattr(generate, "load_model", broken)
+    code, _, err = sample(capsys, folder, tmp_path / "out.jsonl")
+    assert code == 2 and "log-probs for prompt '2' aren't finite" in err and "Traceback" not in err
+
+
+def test_more_steps_a_wake_than_tokens_are_none(tmp_path: Path, capsys: Any, folder: Path) -> None:
+    few, many = tmp_path / "few.jsonl", tmp_path / "many.jsonl"
+    assert sample(capsys, folder, few)[0] == 0
+    assert sample(capsys, folder, many, "--steps-per-wake", 2**31)[0] == 0
+    assert few.read_bytes() == many.read_bytes()
 
 
 def test_a_lines_own_limit_may_be_above_the_options(tmp_path: Path, capsys: Any, folder: Path) -> None:

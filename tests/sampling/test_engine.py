@@ -6,11 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from almost_jax.core.llama import LlamaConfig
+from almost_jax.config import MeshConfig
+from almost_jax.core.llama import LlamaConfig, empty_cache
+from almost_jax.core.partitioning import make_mesh
 from almost_jax.errors import InputError
+from almost_jax.sampling import sampler
 from almost_jax.sampling.engine import Engine, generate, in_order
 from almost_jax.sampling.keys import request_key
 from almost_jax.sampling.programs import room
@@ -178,6 +182,75 @@ def test_a_dialogue_goes_on_from_its_cache(tiny: LlamaConfig, make_params: Any) 
     engine.forget()
     with pytest.raises(InputError, match="parent 'query-0' was not kept"):
         engine.run(asked[:1])
+
+
+def test_what_is_kept_lies_close_together_and_its_rows_are_used_again(tiny: LlamaConfig, make_params: Any) -> None:
+    params = make_params(tiny, 1)
+    # They end one after the other, a few in each wake.
+    limits = [1 + place for place in range(12)]
+    settings = Settings(slots=12, steps_per_wake=1, refill=True, prefill_tokens=64)
+    rules = dataclasses.replace(RULES, max_new_tokens=12)
+    engine = Engine(params, tiny, rules, settings, seed=5, prefix_tokens=PREFIX)
+    opening = [
+        Request(f"query-{place}", one.prompt, limit, keep=True)
+        for place, (one, limit) in enumerate(zip(ask(12, 7), limits, strict=True))
+    ]
+    first = {one.id: one for one in in_order(opening, engine.run(opening))}
+    (shelf,) = engine._shelves
+    assert shelf.cache.lengths.shape == (12,) and shelf.free == []
+    # Whatever the order in which they are forgotten.
+    engine.forget(one.id for one in opening[3:][::-1])
+    freed = list(shelf.free)
+    assert len(freed) == 9 and freed == sorted(freed)
+    more = [Request(f"more-{place}", one.prompt, 2, keep=True) for place, one in enumerate(ask(9, 7))]
+    list(engine.run(more))
+    assert engine._shelves == [shelf] and shelf.free == []
+    # What was kept all along, beside rows that were used again.
+    asked = [Request(f"{one.id}/2", (*one.prompt, *first[one.id].content, 9, 21), parent=one.id) for one in opening[:3]]
+    before = engine.stats.prefill_tokens
+    found = list(engine.run(asked))
+    assert by_id(found) == by_id(run(params, tiny, [Request(one.id, one.prompt) for one in asked], rules=rules))
+    assert engine.stats.prefill_tokens - before < sum(len(one.prompt) for one in asked) / 2
+    engine.forget()
+    assert engine._shelves == []
+
+
+def test_rows_are_copied_one_by_one_on_a_single_cpu_with_and_without_a_mesh(tiny: LlamaConfig) -> None:
+    unrolled = dataclasses.replace(tiny, scan_layers=False)
+    own, kept = empty_cache(unrolled, 4, 16), empty_cache(unrolled, 2, 8)
+    places = jnp.array([3, 1], jnp.int32)
+
+    def loops() -> bool:
+        return "stablehlo.while" in jax.jit(sampler.restore).lower(own, kept, places, places, places).as_text()
+
+    assert loops()
+    for devices in (1, 2):
+        with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:devices])):
+            assert loops() == (devices == 1)
+
+
+def test_a_run_cannot_begin_while_another_goes_on(tiny: LlamaConfig, make_params: Any) -> None:
+    params = make_params(tiny, 1)
+    engine = Engine(params, tiny, RULES, SETTINGS, seed=5, prefix_tokens=PREFIX)
+    first = engine.run(ask(6, 7))
+    begun = [next(first)]
+    with pytest.raises(RuntimeError, match="last run still goes on"):
+        next(engine.run(ask(3, 4)))
+    # The one that went on has lost nothing.
+    assert by_id([*begun, *first]) == by_id(run(params, tiny, ask(6, 7)))
+    abandoned = engine.run(ask(6, 7))
+    next(abandoned)
+    abandoned.close()  # type: ignore[attr-defined]
+    assert by_id(list(engine.run(ask(3, 4)))) == by_id(run(params, tiny, ask(3, 4)))
+
+
+def test_a_run_is_over_with_its_last_completion_in_order(tiny: LlamaConfig, make_params: Any) -> None:
+    engine = Engine(make_params(tiny, 1), tiny, RULES, SETTINGS, seed=5, prefix_tokens=PREFIX)
+    completions = in_order(ask(6, 7), engine.run(ask(6, 7)))
+    for _ in range(6):
+        next(completions)
+    assert engine.stats.seconds > 0 and engine._slots is not None
+    assert len(list(engine.run(ask(3, 4)))) == 3
 
 
 def spelled(tokens: Any) -> str:

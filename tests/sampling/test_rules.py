@@ -1,5 +1,7 @@
 """The nucleus against a sort, the draws against the nucleus."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,6 +59,20 @@ def test_09_weightless_tokens_are_never_kept() -> None:
         kept = np.asarray(kept_set(scaled, rules=rules(top_p=top_p)))
         assert not kept[0, [0, 2]].any() and kept[0, 1]
         np.testing.assert_array_equal(kept[1], [1, 0, 0, 0, 0])
+
+
+@pytest.mark.parametrize("top_p", [1e-45, 1e-39, 1.2e-38, 1e-30])
+def test_a_tiny_share_is_the_likeliest_token(top_p: float) -> None:
+    logits = jnp.asarray(np.random.default_rng(3).normal(size=(5, 300)), jnp.float32)
+    keep = np.asarray(nucleus(logits, rules(top_p=top_p)))
+    assert keep.sum(axis=1).tolist() == [1] * 5
+    np.testing.assert_array_equal(keep.argmax(axis=1), np.asarray(logits).argmax(axis=1))
+
+
+@pytest.mark.parametrize("temperature", [-1.0, 1e-39, 1e-7, math.inf, math.nan])
+def test_temperatures_that_no_logits_stand_are_refused(temperature: float) -> None:
+    with pytest.raises(ValueError, match="temperature .* must be 0"):
+        rules(temperature)
 
 
 @pytest.mark.parametrize(
