@@ -77,12 +77,13 @@ def all_values(config: ExperimentConfig) -> list[Value]:
     return found + [Value(key, f"content of {key}", _digest(path)) for key, path in _files(config)]
 
 
-def values_of(reads: Sequence[str], found: Sequence[Value]) -> Values:
-    """Those values that a stage reads, by their names; `reads` are its sections and keys."""
+def values_of(reads: Sequence[str], ignores: Sequence[str], found: Sequence[Value]) -> Values:
+    """Those values that a stage reads, by their names; `reads` are its sections and keys, `ignores` keys of them."""
     return {
         one.name: one.value
         for one in found
-        if not one.key or any(one.key == read or one.key.startswith(f"{read}.") for read in reads)
+        if one.key not in ignores
+        and (not one.key or any(one.key == read or one.key.startswith(f"{read}.") for read in reads))
     }
 
 

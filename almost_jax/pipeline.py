@@ -49,7 +49,7 @@ from almost_jax.io.records import write_bytes
 from almost_jax.io.run import Run
 from almost_jax.report import page
 from almost_jax.stages import as_is_reward, comparisons, demonstrations, dpo, queries, reward, rlsf, sft
-from almost_jax.stages.guards import loosened
+from almost_jax.stages.guards import consequential, loosened
 from almost_jax.stages.training import check_batches
 
 # status.json says this often how far a running stage is.
@@ -62,7 +62,8 @@ Action: TypeAlias = Literal["skip", "resume", "run", "stale"]
 class Stage:
     """One stage: its function, what of the config it reads, the stages whose outputs it reads, and its own outputs.
 
-    `alone`: process 0 runs it while the others wait, since it uses no devices.
+    `alone`: process 0 runs it while the others wait, since it uses no devices. `ignores`: keys of what it reads that it
+    has values of its own for.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Stage:
     upstream: tuple[str, ...]
     outputs: tuple[str, ...]
     alone: bool = False
+    ignores: tuple[str, ...] = ()
 
 
 # The sections of `evaluation` that the stage `benchmarks` reads.
@@ -146,6 +148,7 @@ STAGES: tuple[Stage, ...] = (
         ("over_optimisation", "ppo", _SUMS),
         ("reward", "demonstrations", "sft"),
         ("over_optimisation",),
+        ignores=tuple(f"ppo.{key}" for key in rlsf.OVER_OPTIMISED),
     ),
     Stage(
         "reward_ablation",
@@ -332,6 +335,9 @@ class _Pipeline:
                 what = " ".join(f"{type(error).__name__}: {error}".split())
                 entry |= {"state": "failed", "ended": now(), "error": what}
             save()
+            maker = self.maker_of(error, plan.stage) if isinstance(error, InputError) else None
+            if maker is not None:
+                raise InputError(f"{error}; delete it, and the stage {maker} makes it again") from error
             raise
         outputs = from_primary(
             lambda: [output for output in plan.stage.outputs if (self.directory / output).exists()]
@@ -339,6 +345,13 @@ class _Pipeline:
         entry |= {"state": "done", "ended": now(), "outputs": outputs}
         save()
         self.say(f"{name}: done in {_duration(entry)}")
+
+    def maker_of(self, error: InputError, stage: Stage) -> str | None:
+        """The stage before this one that made what an error is about, as the error begins with its path; else None."""
+        for earlier in STAGES[: _place(stage.name)]:
+            if any(str(error).startswith(str(self.directory / output)) for output in earlier.outputs):
+                return earlier.name
+        return None
 
     def write(self) -> None:
         """Write status.json."""
@@ -364,9 +377,9 @@ def fingerprints(config: ExperimentConfig) -> dict[str, Fingerprint]:
     found = all_values(config)
     prints: dict[str, Fingerprint] = {}
     for stage in STAGES:
-        values = values_of(stage.reads, found)
+        values = values_of(stage.reads, stage.ignores, found)
         upstream = {name: prints[name].digest for name in stage.upstream}
-        content = json.dumps([stage.name, values, upstream], sort_keys=True)
+        content = json.dumps([stage.name, consequential(values), upstream], sort_keys=True)
         prints[stage.name] = Fingerprint(hashlib.sha256(content.encode()).hexdigest(), values, upstream)
     return prints
 
@@ -394,7 +407,9 @@ def _compare(stage: Stage, fingerprint: Fingerprint, directory: Path, status: St
             reasons = [f"upstream {name} is stale" for name in changed] or ["the stages before it are others"]
         return "stale", ", ".join(reasons)
     if entry["state"] != "done":
-        return "resume", ""
+        return "resume", ", ".join(differences(entry["values"], fingerprint.values))
+    if stage.name == "report" and page.has_notes(directory):
+        return "resume", "report.html was built in between, from stages that were not up to date"
     missing = [output for output in entry["outputs"] if not (directory / output).exists()]
     # A folder may be there and not all that was in it, on a machine to which a run was copied.
     missing += [

@@ -17,6 +17,7 @@ import pytest
 from rich.console import Console
 
 from almost_jax import inputs, pipeline
+from almost_jax.commands.runs import _out_of_date
 from almost_jax.config import ExperimentConfig, Section
 from almost_jax.errors import InputError, TrainingDiverged
 from almost_jax.evaluation.judge import REPLIES
@@ -24,6 +25,7 @@ from almost_jax.experiments import load_experiment
 from almost_jax.folder import locked, read_status
 from almost_jax.io.run import Run
 from almost_jax.pipeline import STAGES, Stage, make_plan, run_experiment
+from almost_jax.report.page import _NOTED
 
 NAMES = [stage.name for stage in STAGES]
 
@@ -213,12 +215,17 @@ def stopped_by_a_guard(run: Run) -> dict[str, Any]:
         ([], ["kl=off"], True),
         ([], ["kl=skip", "max_kl=400"], True),
         ([], ["min_entropy=1e-4", "max_skips=20"], True),
-        ([], ["max_kl=100"], False),
-        ([], ["min_entropy=0.1"], False),
+        ([], ["non_finite=skip"], True),
+        # What stops a stage or looks away leaves no trace in what is finished.
+        ([], ["max_kl=100", "min_entropy=0.1"], True),
+        (["kl=off"], ["kl=stop"], True),
+        # What skips does, at the steps before.
+        ([], ["kl=skip", "max_kl=100"], False),
+        (["kl=off"], ["kl=skip"], False),
         (["kl=skip"], ["kl=skip", "max_kl=400"], False),
         (["kl=skip"], ["kl=skip", "max_skips=20"], True),
+        (["kl=skip"], ["kl=skip", "max_skips=2"], False),
         (["kl=skip"], ["kl=stop"], False),
-        (["kl=off"], ["kl=stop"], False),
     ],
 )
 def test_a_stage_that_a_guard_stopped_goes_on_with_looser_ones(
@@ -247,30 +254,91 @@ def test_looser_guards_and_another_change_make_a_stage_stale(bench: Bench) -> No
     assert "rlsf: stale: ppo.guards.max_kl" in bench.lines or "rlsf: stale: ppo.kl_coef" in bench.lines
 
 
-def test_guards_of_a_stage_that_is_done_count(bench: Bench) -> None:
+@pytest.mark.parametrize(
+    "override",
+    ["ppo.guards.max_kl=400", "ppo.guards.max_kl=1", "ppo.guards.kl=off", "ppo.guards.max_skips=3",
+     "sft.training.guards.non_finite=off"],
+)  # fmt: skip
+def test_guards_that_stop_or_look_away_make_nothing_stale(bench: Bench, override: str) -> None:
     bench()
-    assert bench(["ppo.guards.max_kl=400"])[0] == "rlsf"
+    assert bench([override]) == []
+
+
+def test_guards_that_skip_count(bench: Bench) -> None:
+    bench()
+    assert bench(["ppo.guards.kl=skip"])[0] == "rlsf"
+    assert bench(["ppo.guards.kl=skip", "ppo.guards.max_kl=3"])[0] == "rlsf"
+    assert bench(["ppo.guards.kl=skip", "ppo.guards.max_kl=3", "ppo.guards.min_entropy=0.1"]) == []
+    assert bench(["sft.training.guards.non_finite=skip"])[0] == "sft"
 
 
 def test_outputs_of_these_guards_from_the_start_go_before_looser_ones(bench: Bench) -> None:
-    bench(["ppo.guards.max_kl=400"], until="rlsf")
+    bench(["ppo.guards.non_finite=skip"], until="rlsf")
     bench.instead["rlsf"] = stopped_by_a_guard
     with pytest.raises(TrainingDiverged):
         bench()
-    whole = bench(["ppo.guards.max_kl=400"], until="rlsf")
+    whole = bench(["ppo.guards.non_finite=skip"], until="rlsf")
     assert whole == [] and "back from stale/" in bench.lines
+
+
+@pytest.mark.parametrize("override", ["kl_coef=0.3", "steps=3", "sample_every=1", "guards.max_kl=3", "kl_target=9"])
+def test_ppo_with_too_weak_a_penalty_has_some_keys_of_its_own(bench: Bench, override: str) -> None:
+    bench()
+    assert "over_optimisation" not in bench([f"ppo.{override}"])
+    assert "over_optimisation" in bench(["ppo.gamma=0.9"])
+
+
+def test_what_is_not_up_to_date_is_known_to_the_report_command(bench: Bench) -> None:
+    bench()
+    assert _out_of_date(bench.directory) == []
+    bench(["ppo.kl_coef=0.1"], until="rlsf")
+    (said,) = _out_of_date(bench.directory)
+    assert "evaluation is stale (upstream rlsf is stale)" in said and "rlsf is stale" in said
+    assert not re.search(r"[:;] (rlsf|sft|report) is", said)
+    bench.instead["evaluation"] = fail
+    with pytest.raises(RuntimeError):
+        bench(["ppo.kl_coef=0.1"])
+    (said,) = _out_of_date(bench.directory)
+    assert "evaluation is unfinished" in said
+    (bench.directory / "config.yaml").write_text("seed: [")
+    (said,) = _out_of_date(bench.directory)
+    assert said.startswith("Whether all of this is up to date can't be told (")
+
+
+def test_a_report_built_in_between_is_made_again(bench: Bench) -> None:
+    bench()
+    page = bench.directory / "report.html"
+    whole = page.read_text()
+    page.write_text(f"<head>{_NOTED}</head>")
+    assert bench() == ["report"] and page.read_text() == whole
+    assert "report: resume: report.html was built in between, from stages that were not up to date" in bench.lines
+
+
+def test_who_makes_a_damaged_record_again_is_said(bench: Bench) -> None:
+    bench(until="comparisons")
+    damaged = bench.directory / "comparisons.jsonl"
+
+    def stumble(run: Run) -> dict[str, Any]:
+        raise InputError(f"{damaged}, line 60: not JSON")
+
+    bench.instead["reward"] = stumble
+    with pytest.raises(InputError, match=r"line 60: not JSON; delete it, and the stage comparisons makes it again$"):
+        bench()
+    del bench.instead["reward"]
+    damaged.unlink()
+    assert bench()[:2] == ["comparisons", "reward"]
 
 
 def test_a_changed_key_makes_its_stage_and_what_follows_stale_and_says_why(bench: Bench) -> None:
     bench()
     before = bench.files()
-    assert bench(["ppo.kl_coef=0.1"]) == ["rlsf", "over_optimisation", "evaluation", "benchmarks", "report"]
+    assert bench(["ppo.kl_coef=0.1"]) == ["rlsf", "evaluation", "benchmarks", "report"]
     assert "rlsf: stale: ppo.kl_coef: 0.05 -> 0.1\n" in bench.lines
-    assert "evaluation: stale: upstream rlsf is stale, upstream over_optimisation is stale\n" in bench.lines
+    assert "evaluation: stale: upstream rlsf is stale\n" in bench.lines
     assert "report: stale: upstream evaluation is stale, upstream benchmarks is stale\n" in bench.lines
     after = bench.files()
     changed = {path.split("/")[0] for path in before if before[path] != after[path]}
-    assert changed == {"rlsf", "over_optimisation", "evaluation", "report.md", "report.html", "figures"}
+    assert changed == {"rlsf", "evaluation", "report.md", "report.html", "figures"}
     kept = list((bench.directory / "stale").glob("rlsf-*/rlsf/model/weights"))
     assert [path.read_bytes() for path in kept] == [before["rlsf/model/weights"]]
 

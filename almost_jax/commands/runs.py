@@ -111,11 +111,30 @@ def status_command(folder: Folder) -> None:
 
 
 def report_command(folder: Folder) -> None:
-    """Build a run's report.html and report.md anew, and print the final table."""
+    """Build a run's report.html and report.md anew, and print the final table; what isn't up to date is said."""
     if not (folder / "config.yaml").exists():
         raise InputError(f"{folder}: is no run's folder (it has no config.yaml)")
-    built = page.build(folder)
+    notes = _out_of_date(folder)
+    built = page.build(folder, notes)
     _show(_console(), f"{page.summary_table(folder)}\n\n{built}")
+    for note in notes if is_primary() else ():
+        complain(f"warning: {note}")
+
+
+def _out_of_date(folder: Path) -> list[str]:
+    """What a report must say of stages whose outputs are of other settings than config.yaml's, or unfinished."""
+    status = read_status(folder)
+    try:
+        plans = make_plan(load_experiment(folder / "config.yaml", []), folder, status)
+    except InputError as error:
+        # A run that was copied here without its models can be read all the same.
+        return [f"Whether all of this is up to date can't be told ({error})."]
+    found = []
+    for plan in plans:
+        if plan.stage.name in status and plan.action != "skip" and plan.stage.name != "report":
+            what = "stale" if plan.action == "stale" else "unfinished"
+            found.append(f"{plan.stage.name} is {what}{f' ({plan.why})' if plan.why else ''}")
+    return [f"Not all of this is of the settings below: {'; '.join(found)}."] if found else []
 
 
 def _console() -> Console:

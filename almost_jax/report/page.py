@@ -19,6 +19,8 @@ from almost_jax.report.sections import abstract, load, load_json, sections
 from almost_jax.report.text import fenced, markdown, visible
 
 FIGURES = "figures"
+# In the head of a page that has notes; escaped text can't look like it.
+_NOTED = '<meta name="almost-jax" content="has notes">'
 _TEMPLATES = Path(__file__).resolve().parent / "templates"
 
 
@@ -28,8 +30,18 @@ def run_stage(run: Run) -> dict[str, Any]:
     return {"page": "report.html"}
 
 
-def build(directory: Path) -> Path:
+def has_notes(directory: Path) -> bool:
+    """Whether report.html was built with notes: in between, from stages that were not all up to date."""
+    page = directory / "report.html"
+    return page.is_file() and _NOTED.encode() in page.read_bytes()
+
+
+def build(directory: Path, notes: Sequence[str] = ()) -> Path:
     """Write report.html, report.md and figures/*.png from what a run's folder holds.
+
+    Args:
+        directory: the run's folder.
+        notes: said at the top, such as what isn't up to date.
 
     Returns:
         The path of report.html.
@@ -40,8 +52,8 @@ def build(directory: Path) -> Path:
     material = load(directory)
     title = f"almost_jax: {material.config.get('name', directory.name)}"
     with plots.style():
-        found, summary = sections(material), abstract(material)
-        page = _html(title, summary, found)
+        found, summary = sections(material), " ".join([*notes, abstract(material)])
+        page = _html(title, summary, found, bool(notes))
         for section in found:
             for block in section.blocks:
                 if isinstance(block, FigureBlock):
@@ -77,7 +89,7 @@ def environment() -> Environment:
     )
 
 
-def _html(title: str, summary: str, found: Sequence[Section]) -> str:
+def _html(title: str, summary: str, found: Sequence[Section], noted: bool) -> str:
     def svg(block: FigureBlock) -> Markup:
         return Markup(plots.as_svg(block.figure, block.name))  # ours: matplotlib escapes the text it draws
 
@@ -87,7 +99,7 @@ def _html(title: str, summary: str, found: Sequence[Section]) -> str:
     return (
         environment()
         .get_template("page.html.j2")
-        .render(title=title, summary=summary, sections=found, svg=svg, kind=kind)
+        .render(title=title, summary=summary, sections=found, svg=svg, kind=kind, noted=Markup(_NOTED if noted else ""))
     )
 
 

@@ -80,6 +80,7 @@ def write_sweep(directory: Path, points: Sequence[tuple[str, Path]]) -> str:
         sections=[Section("Over all runs", [block for block in blocks if isinstance(block, TableBlock)])],
         svg=None,
         kind=lambda block: type(block).__name__,
+        noted="",
     )
     write_bytes(directory / "sweep.html", html.encode("utf-8", "replace"))
     write_bytes(directory / "sweep.md", _text(title, blocks, escape=True).encode("utf-8", "replace"))

@@ -16,8 +16,10 @@ from almost_jax.errors import TrainingDiverged
 from almost_jax.io.checkpoints import Checkpoints
 from almost_jax.io.run import Run
 
-# The key, in a checkpoint's JSON, of how many steps in a row were skipped before it.
-SKIPPED = "skipped_in_a_row"
+# The keys, in a checkpoint's JSON, of how many steps were skipped before it: in a row, and in all.
+SKIPPED, SKIPPED_SO_FAR = "skipped_in_a_row", "skipped"
+# Limits, and the guards that they belong to.
+_LIMITS = {"max_kl": "kl", "min_entropy": "entropy"}
 # Figures of rollouts that are the policy's own: a bad one says that the policy went astray before it drew them.
 OF_THE_POLICY = ("kl", "rollout_entropy")
 
@@ -45,11 +47,18 @@ class Guard:
         """
         self._run, self._name, self._checkpoints, self._max_skips = run, name, checkpoints, max_skips
         self._skipped = int(extra.get(SKIPPED, 0))
+        self._skipped_so_far = int(extra.get(SKIPPED_SO_FAR, 0))
 
     @property
     def extra(self) -> dict[str, Any]:
         """What a checkpoint must hold so that a resumed run counts on."""
-        return {SKIPPED: self._skipped} if self._skipped else {}
+        found = {SKIPPED: self._skipped, SKIPPED_SO_FAR: self._skipped_so_far}
+        return {key: count for key, count in found.items() if count}
+
+    def say_what_was_skipped(self, steps: int) -> None:
+        """Say at the stage's end how many of its steps were left out, if any."""
+        if self._skipped_so_far:
+            self._run.say(f"{self._name}: {self._skipped_so_far} of {steps} steps were skipped")
 
     def skips(self, step: int, problems: Iterable[Problem], drawn_by: int | None = None) -> bool:
         """Act on what is wrong with a step: whether its updates are to be left out, or were.
@@ -73,6 +82,7 @@ class Guard:
         if stopping:
             raise self._diverged(step, ", ".join(stopping), last_good)
         self._skipped += 1
+        self._skipped_so_far += 1
         why = ", ".join(skipping)
         if self._skipped > self._max_skips:
             skipped = f"{self._max_skips} steps in a row were skipped before it (max_skips)"
@@ -134,6 +144,24 @@ def update_problems(every: Sequence[Mapping[str, float]], ppo: PpoConfig) -> lis
             # A policy that is finite drew the rollouts: whatever went wrong, it went wrong in this step.
             found.append(Problem(problem.action, f"{problem.why} in update {number} of {len(every)}"))
     return found
+
+
+def consequential(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by dotted key, without those of guards that leave no trace in what a stage makes.
+
+    One that stops a stage has done nothing to a stage that got to its end, whatever its limit, and one that is off does
+    nothing at all.
+    """
+
+    def counts(key: str) -> bool:
+        section, _, name = key.rpartition(".")
+        if not section.endswith(".guards"):
+            return True
+        if name == "max_skips":
+            return any(value == "skip" for other, value in values.items() if other.startswith(f"{section}."))
+        return bool(values[f"{section}.{_LIMITS.get(name, name)}"] == "skip")
+
+    return {key: value for key, value in values.items() if counts(key)}
 
 
 def loosened(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:

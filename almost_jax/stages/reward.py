@@ -322,13 +322,17 @@ def train_reward_model(
         found = scores(params, [text for pair in test for text in (pair.chosen, pair.rejected)])
         return found[::2], found[1::2]
 
+    warned = False
+
     def evaluate(params: Params) -> dict[str, float]:
+        nonlocal warned
         if not test:
             return {}
         chosen, rejected = held_out_scores(params)
         # The moments on reference samples are taken at the end alone.
         found = _held_out_figures(test, chosen - rejected, float(np.std([*chosen, *rejected])) or 1.0)
-        if found.get("length_only"):
+        if found.get("length_only") and not warned:
+            warned = True
             run.say(f"{name}: warning: {length_warning(found)}")
         return logged_figures(found)
 

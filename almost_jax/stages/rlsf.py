@@ -20,7 +20,7 @@ import numpy as np
 import optax
 from flax import struct
 
-from almost_jax.config import PpoConfig
+from almost_jax.config import OverOptimisationConfig, PpoConfig
 from almost_jax.core.heads import add_head
 from almost_jax.core.losses import length_mask
 from almost_jax.core.partitioning import batch_sharding, replicated
@@ -70,6 +70,12 @@ from almost_jax.stages.updates import (
 )
 
 NAME = "rlsf"
+# What a run with too weak a penalty has of its own, whatever these keys of `ppo` say.
+OVER_OPTIMISED = (
+    *OverOptimisationConfig.model_fields,
+    *("kl_controller", "kl_target", "kl_horizon", "keep_reference"),
+    *(f"guards.{key}" for key in ("kl", "max_kl", "entropy", "min_entropy")),
+)
 # What people read, by file; written together.
 TABLES: dict[str, Callable[..., list[Record]]] = {"samples.jsonl": sample_records, "rollouts.jsonl": rollout_records}
 
@@ -171,6 +177,7 @@ def run_stage(run: Run, name: str = NAME) -> dict[str, Any]:
             progress.advance(1, **{key: figures[key] for key in ("reward", "kl") if key in figures})
             stop_if_asked(asked_to_stop(), run, name, step, whole, checkpoints, lambda: kept_beside(guard, metrics))
         checkpoints.wait()
+        guard.say_what_was_skipped(ppo.steps)
         save_model(run.path(name, "model"), policy_model(run, actors, state, name))
         metrics.close()
     lines = read_records(run.path(name, "metrics.jsonl"))

@@ -308,4 +308,5 @@ def fit(
             progress.advance(1, **({"loss": figures["loss"]} if logs else {}))
             stop_if_asked(asked, run, name, step, state, checkpoints, lambda: kept_beside(guard, metrics))
         checkpoints.wait()
+        guard.say_what_was_skipped(total_steps)
     return state

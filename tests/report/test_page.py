@@ -156,6 +156,18 @@ def test_figures_take_the_pages_colours_and_fonts(built: Path) -> None:
     assert not set(re.findall(r"#[0-9a-f]{6}\b", joined)) - {"#ffffff"}
 
 
+def test_what_is_not_up_to_date_stands_at_the_top(scored_run: Path) -> None:
+    page.build(scored_run)
+    assert not page.has_notes(scored_run)
+    page.build(scored_run, ["Not all of this is of the settings below: <b>rlsf</b> is stale."])
+    assert page.has_notes(scored_run)
+    html, text = ((scored_run / f"report.{end}").read_text() for end in ("html", "md"))
+    assert "Not all of this is of the settings below: &lt;b&gt;rlsf" in html
+    assert text.index("Not all of this is of the settings below") < text.index("## ")
+    page.build(scored_run)
+    assert not page.has_notes(scored_run)
+
+
 def test_page_is_the_same_bytes_each_time(built: Path) -> None:
     before = {path: path.read_bytes() for path in built.rglob("*") if path.is_file()}
     page.build(built)

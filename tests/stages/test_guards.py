@@ -153,7 +153,7 @@ def test_an_update_that_is_not_finite_is_left_out(
     assert [line["skipped"] for line in lines] == [0, 1, 0, 0]
     # One of the two mini-batches holds the bad row in each epoch; the other one is learned from and logged.
     assert all(line["policy_loss"] is not None and line["policy_grad_norm"] > 0 for line in lines)
-    assert "rlsf: skipped step 2: loss is nan" in said(run)
+    assert "rlsf: skipped step 2: loss is nan" in said(run) and "rlsf: 1 of 4 steps were skipped" in said(run)
     assert "of 4; there is no good checkpoint before it" in said(run)
     final = load_model(str(run.path("rlsf", "model")), run.mesh, "float32")
     assert all(bool(np.isfinite(leaf).all()) for leaf in jax.tree.leaves(final.params))
@@ -203,9 +203,10 @@ def test_supervised_training_stops_skips_or_looks_away(
         # The skipped update's learning rate is the next one's.
         assert [line["learning_rate"] for line in lines] == pytest.approx([1e-5, 2e-5 / 3, 2e-5 / 3])
         assert "sft: skipped step 2: " in said(run) and "loss is inf; the last good checkpoint is step 1" in said(run)
+        assert "sft: 1 of 3 steps were skipped" in said(run)
         # The third step is the second update, at the rate that the second would have had.
         first, second, third = (line["learning_rate"] for line in lines)
         assert first > second == third
     else:
-        assert losses[1:] == [None, None] and not finite
+        assert losses[1:] == [None, None] and not finite and "were skipped" not in said(run)
         assert [line["learning_rate"] for line in lines] == pytest.approx([1e-5, 2e-5 / 3, 1e-5 / 3])

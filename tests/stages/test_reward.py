@@ -326,7 +326,7 @@ def test_all_figures_of_held_out_pairs_are_logged_and_length_alone_is_said(
     assert last["held_out_accuracy/length_gap_25_50"] == summary["accuracy"] == 1.0
     assert last["held_out_length_only"] == 1.0 and summary["length_only"] is True
     said = run.console.file.getvalue()  # type: ignore[attr-defined]
-    assert "reward: warning: scores follow length" in said and "no pair can be matched by length" in said
+    assert said.count("reward: warning: scores follow length") == 1 and "no pair can be matched by length" in said
     assert json.loads(run.path("reward", "evaluation.json").read_bytes())["length_matched_accuracy"] is None
 
 
