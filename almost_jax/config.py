@@ -455,10 +455,12 @@ class SftConfig(Section):
 
     `packed_length` packs each batch's demonstrations into rows of so many tokens, in which none sees another: a step
     learns from the same demonstrations with less padding. 0 gives each a row of its own. `z_loss` weighs the squared
-    log of the softmax's denominator at every target; 0 is the plain loss.
+    log of the softmax's denominator at every target; 0 is the plain loss. `held_out` demonstrations are not learned
+    from: their loss is logged with every checkpoint.
     """
 
     model: Text = "small"
+    held_out: NonNegativeInt = 0
     packed_length: NonNegativeInt = 0
     z_loss: NonNegative = 0.0
     training: TrainingConfig = TrainingConfig()

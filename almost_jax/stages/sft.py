@@ -12,6 +12,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -21,15 +22,15 @@ from almost_jax.core.partitioning import platform, row_parts
 from almost_jax.core.train import Batch
 from almost_jax.core.vocabulary import hidden_figures
 from almost_jax.errors import InputError
-from almost_jax.io.batches import batch_indices, enough_rows, first_fit, pad, row_counts
+from almost_jax.io.batches import batch_indices, enough_rows, epoch_order, first_fit, pad, row_counts
 from almost_jax.io.models import save_model
 from almost_jax.io.records import read_records
 from almost_jax.io.run import Run
 from almost_jax.sampling.layout import decode_layout
 from almost_jax.stages.demonstrations import demonstration_turns, is_answered
 from almost_jax.stages.dialogues import training_tokens
-from almost_jax.stages.execution import training_shape
-from almost_jax.stages.training import count_steps, fit, fixed_length, row_limit
+from almost_jax.stages.execution import judging_shape, training_shape
+from almost_jax.stages.training import count_steps, fit, fixed_length, place_batch, row_limit
 
 # Token ids, and for each of them whether it is a target.
 Example: TypeAlias = tuple[Sequence[int], Sequence[bool]]
@@ -47,7 +48,7 @@ def fine_tune(run: Run, name: str, file: str) -> dict[str, Any]:
     """Train the config's model on one file of demonstrations and save it as NAME/model.
 
     Raises:
-        InputError: no demonstration fits into `sft.training.max_length`.
+        InputError: no demonstration fits into `sft.training.max_length`, or none is left beside `sft.held_out`.
     """
     config = run.config.sft
     training = config.training
@@ -60,11 +61,24 @@ def fine_tune(run: Run, name: str, file: str) -> dict[str, Any]:
         raise InputError(
             f"sft.training.max_length: none of {len(examples)} demonstrations fits into {limit} tokens"
         )
-    run.say(f"{name}: {len(fitting)} demonstrations, {len(examples) - len(fitting)} too long")
+    too_long, whole = len(examples) - len(fitting), fitting
+    if config.held_out:
+        if config.held_out >= len(whole):
+            raise InputError(
+                f"sft.held_out: {config.held_out} leaves none of {len(whole)} demonstrations; hold out fewer"
+            )
+        order = epoch_order(run.seed("sft/held_out"), 0, len(whole))
+        fitting = [whole[index] for index in sorted(order[config.held_out :])]
+        test = [whole[index] for index in sorted(order[: config.held_out])]
+        run.say(f"{name}: {len(fitting)} demonstrations to train on, {len(test)} held out, {too_long} too long")
+    else:
+        test = []
+        run.say(f"{name}: {len(fitting)} demonstrations, {too_long} too long")
     # Both models see the same order, so that they differ by their demonstrations alone.
     seed = run.seed("sft/batches")
     total_steps = count_steps(training, len(fitting))
     lengths = [len(tokens) for tokens, _ in fitting]
+    length = fixed_length(max(len(tokens) for tokens, _ in whole))
 
     def chosen_at(step: int) -> list[int]:
         return [int(index) for index in batch_indices(step, training.batch_size, len(fitting), seed)]
@@ -82,7 +96,6 @@ def fine_tune(run: Run, name: str, file: str) -> dict[str, Any]:
             f"{config.packed_length} tokens a step"
         )
     else:
-        length = fixed_length(max(lengths))
         spent = training.batch_size * length
 
     def batch_at(step: int) -> dict[str, np.ndarray]:
@@ -94,13 +107,30 @@ def fine_tune(run: Run, name: str, file: str) -> dict[str, Any]:
 
     shape = training_shape(source.config, run.config.mesh, run.mesh)
     loss_sums = functools.partial(sft_loss_sums, config=shape, z_loss=config.z_loss)
-    state = fit(run, name, source.params, source.config, loss_sums, batch_at, total_steps, training, None)
+    judging = judging_shape(source.config, run.config.mesh, run.mesh)
+
+    def evaluate(params: Params) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for first in range(0, len(test), training.batch_size):
+            part = test[first : first + training.batch_size]
+            # Rows without a target fill the last batch up.
+            rows = [*part, *[([source.tokenizer.pad_id], [False])] * (training.batch_size - len(part))]
+            batch = place_batch(example_batch(rows, length, source.tokenizer.pad_id), run.mesh)
+            total, (number, metrics) = _held_out_sums(params, batch, config=judging, z_loss=0.0)
+            for key, value in {"loss": total, "targets": number, **{k: pair[0] for k, pair in metrics.items()}}.items():
+                found[key] = found.get(key, 0.0) + float(value)
+        return {f"held_out_{key}": value / found["targets"] for key, value in found.items() if key != "targets"}
+
+    state = fit(run, name, source.params, source.config, loss_sums, batch_at, total_steps, training, evaluate)
+    with jax.set_mesh(run.mesh):
+        last = {"held_out": len(test), **evaluate(state.params)} if test else {}
     save_model(
         run.path(name, "model"), dataclasses.replace(source, params=state.params, name=f"{run.config.name}/{name}")
     )
     return {
         "demonstrations": len(fitting),
-        "too_long": len(examples) - len(fitting),
+        "too_long": too_long,
+        **last,
         "tokens": sum(lengths),
         "targets": sum(sum(targets) for _, targets in fitting),
         "steps": total_steps,
@@ -176,3 +206,6 @@ def sft_loss_sums(params: Params, batch: Batch, *, config: LlamaConfig, z_loss: 
         squares = masked_sum(jnp.square(figures.logsumexp), targets)
         total, metrics = total + z_loss * squares, {**metrics, "z_squared": (squares, number)}
     return total, (number, metrics)
+
+
+_held_out_sums = jax.jit(sft_loss_sums, static_argnames=("config", "z_loss"))

@@ -296,6 +296,50 @@ def test_fine_tuning_makes_demonstrated_responses_likely(make_run: Callable[...,
     assert losses[-1] < 0.6 * losses[0] and math.isfinite(losses[-1])
 
 
+@pytest.mark.parametrize("devices", [1, 4])
+def test_held_out_demonstrations_are_not_learned_from_and_their_loss_is_logged(
+    make_run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, devices: int
+) -> None:
+    training = {"optimizer": {"learning_rate": 3e-3}, "batch_size": 4, "max_length": 64, "checkpoint_every": 2}
+    batches, example_batch = list[list[Any]](), sft.example_batch
+
+    def watching(examples: Any, *rest: Any) -> Any:
+        batches.append([tuple(tokens) for tokens, targets in examples if any(targets)])
+        return example_batch(examples, *rest)
+
+    monkeypatch.setattr(sft, "example_batch", watching)
+    mesh = MeshConfig(data=2, fsdp=2, explicit=True) if devices == 4 else None
+    run = make_run(tmp_path, mesh=mesh, devices=devices, sft={"training": training, "held_out": 5, "z_loss": 0.1})
+    summary = sft.fine_tune(run, "sft", "demonstrations.jsonl")
+    assert summary["demonstrations"] == 19 and summary["held_out"] == 5 and summary["steps"] == 4
+    # Whenever a checkpoint is saved, and at the end, the held-out ones come as a batch of four and one of one.
+    places = [place for place, batch in enumerate(batches) if len(batch) == 1]
+    held_out = {row for place in places for row in batches[place - 1] + batches[place]}
+    learned = {row for place, batch in enumerate(batches) if not {place, place + 1} & set(places) for row in batch}
+    assert len(places) == 3 and len(held_out) == 5 and len(learned) == 16 and not held_out & learned
+    lines = read_records(run.path("sft", "metrics.jsonl"))
+    assert [("held_out_loss" in line, line["step"]) for line in lines] == [(True, 2), (True, 4)]
+    tuned = load_model(str(run.path("sft", "model")), run.mesh, "float32")
+    records = read_records(run.path("demonstrations.jsonl"))
+    every = {tuple(row[0]): row[1] for row in (
+        dialogues.training_tokens(tuned.tokenizer, sft.demonstration_turns(record)) for record in records
+    )}  # fmt: skip
+    # The loss of the held-out ones, target by target, under the model that was saved; without the z-loss.
+    logprobs = []
+    for row in held_out:
+        found = jax.nn.log_softmax(forward(tuned.params, tuned.config, jnp.array([row]))[0])
+        logprobs += [float(found[place - 1, row[place]]) for place, wanted in enumerate(every[row]) if wanted]
+    assert summary["held_out_loss"] == pytest.approx(-np.mean(logprobs), abs=1e-4)
+    assert lines[-1]["held_out_loss"] == pytest.approx(summary["held_out_loss"], abs=1e-6)
+    assert 0 <= lines[-1]["held_out_accuracy"] <= 1
+
+
+def test_too_many_held_out_demonstrations_are_refused(make_run: Callable[..., Run], tmp_path: Path) -> None:
+    run = make_run(tmp_path, sft={"held_out": 24})
+    with pytest.raises(InputError, match="^sft.held_out: 24 leaves none of 24 demonstrations; hold out fewer"):
+        sft.fine_tune(run, "sft", "demonstrations.jsonl")
+
+
 def test_a_steps_loss_has_the_z_loss_of_the_config(make_run: Callable[..., Run], tmp_path: Path) -> None:
     training = {"batch_size": 8, "max_length": 64, "log_every": 1}
     lines = []
