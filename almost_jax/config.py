@@ -139,7 +139,7 @@ class MeshConfig(Section):
         if self.gradient_dtype != "float32" and not self.explicit:
             raise wrong(
                 "gradient_dtype",
-                f"{self.gradient_dtype} needs mesh.explicit; else the compiler sums gradients in float32",
+                f"{self.gradient_dtype} needs mesh.explicit: true; else the compiler sums gradients in float32",
             )
         return self
 

@@ -254,6 +254,16 @@ def test_looser_guards_and_another_change_make_a_stage_stale(bench: Bench) -> No
     assert "rlsf: stale: ppo.guards.max_kl" in bench.lines or "rlsf: stale: ppo.kl_coef" in bench.lines
 
 
+@pytest.mark.parametrize("change", ["sft.z_loss=0.5", "reward.margin=0.5"])
+def test_looser_guards_on_other_models_make_a_stage_stale(bench: Bench, change: str) -> None:
+    bench.instead["rlsf"] = stopped_by_a_guard
+    with pytest.raises(TrainingDiverged):
+        bench()
+    del bench.instead["rlsf"]
+    assert "rlsf" in bench(["ppo.guards.non_finite=skip", change], until="rlsf")
+    assert "rlsf: stale: ppo.guards.non_finite" in bench.lines and not (bench.directory / "rlsf/half").exists()
+
+
 @pytest.mark.parametrize(
     "override",
     ["ppo.guards.max_kl=400", "ppo.guards.max_kl=1", "ppo.guards.kl=off", "ppo.guards.max_skips=3",

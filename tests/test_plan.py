@@ -229,18 +229,29 @@ def test_pairs_of_dpo_are_planned_as_they_are_made(experiments_folder: Path, pac
 
 
 def test_what_lies_beside_ppos_programs_is_counted(experiments_folder: Path) -> None:
-    def beside(name: str, *overrides: str) -> int:
+    def build_one(name: str, *overrides: str) -> programs.Program:
         config = load_experiment(experiments_folder / "microworld.yaml", list(overrides))
-        mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-        return build(config, mesh, name).beside
+        return build(config, make_mesh(MeshConfig(), jax.devices()[:1]), name)
+
+    def beside(name: str, *overrides: str) -> int:
+        return build_one(name, *overrides).beside
 
     shape = model_shape("models.small", "microworld:small")
     parameters, head = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(shape))), shape.hidden_size
     assert beside("ppo_update") == 4 * (2 * parameters + head)
-    assert beside("ppo_update", "ppo.kl_coef=0") == 4 * (parameters + head)
+    assert beside("ppo_update", "ppo.kl_coef=0") == 4 * (2 * parameters + head), "over_optimisation measures the KL"
+    assert beside("ppo_update", "ppo.kl_coef=0", "over_optimisation=null") == 4 * (parameters + head)
+    # Policy and critic once more, that rollouts are made from meanwhile.
+    assert beside("ppo_update", "ppo.overlap_rollouts=true") == 4 * (4 * parameters + 2 * head)
     # Two moments of policy and critic, and the optimizers' counters.
     assert 0 <= beside("ppo_judge") - 4 * 2 * (2 * parameters + head) <= 64
-    assert beside("sft_step") == 0
+    assert beside("sft_step") == 0 == beside("decode_medium")
+    # In self-play: the reward model, and four candidates' caches for every slot.
+    keeps = "demonstrations.reuse_cache=true"
+    kept = beside("decode_large", keeps) - beside("decode_large", "demonstrations.reuse_cache=false")
+    assert beside("decode_large", "demonstrations.reuse_cache=false") == 4 * (parameters + head)
+    assert kept == 4 * build_one("decode_large").cache > 0
+    assert beside("score_reward", keeps) == build_one("decode_large").parameters + kept + kept // 4
 
 
 @pytest.mark.slow

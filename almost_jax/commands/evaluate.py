@@ -23,6 +23,7 @@ from almost_jax.io.paths import local_path
 from almost_jax.io.progress import stderr_progress
 from almost_jax.io.records import Record, check_writable
 from almost_jax.io.transfer import locate
+from almost_jax.sampling.rules import COLDEST
 
 REWARD_MODEL = "reward_model"
 _SHOWN = 5
@@ -114,8 +115,8 @@ def vicuna_command(
     check_writable(out)
     if not 0 < top_p <= 1:
         raise InputError(f"--top-p {top_p}: must be above 0 and at most 1")
-    if not math.isfinite(temperature):
-        raise InputError(f"--temperature {temperature}: must be a finite number")
+    if temperature != 0 and not COLDEST <= temperature < math.inf:
+        raise InputError(f"--temperature {temperature}: must be 0 (greedy), or {COLDEST:g} or more, and finite")
     questions = vicuna.read_questions(data)
     if (judge == REWARD_MODEL) != (reward_model is not None):
         raise InputError("--judge reward_model and --reward-model MODEL belong together; give both or neither")

@@ -117,6 +117,9 @@ def generate_command(
     prefix = "" if prefix_file is None else _read_text(prefix_file)
     keep_compiled_programs()
     place = make_mesh(MeshConfig()) if mesh is None else parse_mesh(mesh)
+    folder = Path(locate(model)).resolve()
+    if folder in (out.resolve(), *out.resolve().parents):
+        raise InputError(f"{out}: is of the model that is read; expected another file")
     loaded = load_model(locate(model), place, dtype)
     if loaded.kind == "reward":
         raise InputError(f"{model}: is a reward model; expected one that writes")

@@ -34,6 +34,7 @@ from almost_jax.io.models import load_model
 from almost_jax.io.transfer import locate
 from almost_jax.sampling.engine import Request, generate
 from almost_jax.sampling.likelihood import Likelihood, continuation_likelihoods
+from almost_jax.sampling.rules import COLDEST
 from almost_jax.sampling.stops import StopStrings
 from almost_jax.stages.prompting import engine_settings, sampling_rules
 
@@ -201,9 +202,9 @@ class AlmostJax(TemplateLM):
     def _continue(
         self, places: Sequence[int], prompts: Sequence[Sequence[int]], settings: dict[str, Any], stops: Sequence[str]
     ) -> list[tuple[int, ...]]:
-        drawn = bool(settings.get("do_sample"))
+        drawn, temperature = bool(settings.get("do_sample")), float(settings.get("temperature", 1.0))
         sampling = SamplingConfig(
-            temperature=float(settings.get("temperature", 1.0)) if drawn else 0.0,
+            temperature=temperature if drawn and temperature >= COLDEST else 0.0,
             top_p=float(settings.get("top_p", 1.0)) if drawn else 1.0,
             top_k=int(settings.get("top_k", 0)) if drawn else 0,
             max_new_tokens=int(settings["max_gen_toks"]),

@@ -269,17 +269,20 @@ def _ppo_update(config: ExperimentConfig, mesh: Mesh) -> Program:
     update = make_update(players, ppo, policy_optimizer, critic_optimizer, True, placement, spread)
     rows = ppo.batch_size // ppo.num_mini_batches
     trees = (state.policy.params, state.critic.params)
+    # Rollouts that are made while a step's updates run come from copies.
+    ahead = ppo.overlap_rollouts and mesh.size == 1
     moments = (state.policy.opt_state, state.critic.opt_state)
     return Program(
         "ppo_update", update, (state, _experience(config, mesh), _rows(mesh, (rows,), jnp.int32)),
-        device_bytes(trees), device_bytes(moments), 0, beside=device_bytes(_frozen(config, mesh)),
+        device_bytes(trees), device_bytes(moments), 0,
+        beside=device_bytes(_frozen(config, mesh)) + (device_bytes(trees) if ahead else 0),
         knobs=("ppo.micro_batches", "ppo.num_mini_batches", "ppo.batch_size", "mesh.remat", "mesh.explicit",
                "mesh.fsdp", "ppo.frozen_dtype"),
     )  # fmt: skip
 
 
 def _frozen(config: ExperimentConfig, mesh: Mesh) -> tuple[Any, Any]:
-    """Reference (None where nothing uses it) and reward model, as PPO keeps them."""
+    """Reference (None where no run of PPO has one) and reward model, as PPO keeps them."""
     players, dtype = _players(config), config.ppo.frozen_dtype
 
     def kept(shape: LlamaConfig, head: bool) -> Any:
@@ -287,7 +290,8 @@ def _frozen(config: ExperimentConfig, mesh: Mesh) -> tuple[Any, Any]:
         axes = {**logical_axes(shape), **head_axes()} if head else logical_axes(shape)
         return _placed(tree, shardings(axes, mesh), jnp.dtype(config.compute_dtype if dtype == "compute" else dtype))
 
-    return kept(players.policy, False) if config.ppo.uses_reference else None, kept(players.reward, True)
+    measured = config.ppo.uses_reference or config.over_optimisation is not None
+    return kept(players.policy, False) if measured else None, kept(players.reward, True)
 
 
 def _players(config: ExperimentConfig) -> Players:
@@ -352,10 +356,30 @@ def _score_reward(config: ExperimentConfig, mesh: Mesh) -> Program:
     params = _placed(tree, shardings(axes, mesh), jnp.dtype(config.compute_dtype))
     rows, length = config.reward.training.batch_size, config.reward.training.max_length
     arguments = (params, _rows(mesh, (rows, length), jnp.int32), _rows(mesh, (rows,), jnp.int32))
+    speaks = config.demonstrations.assistant.model
+    lasting = speaks == config.demonstrations.user.model
     return Program(
         "score_reward", _sequence_scores, (params, shape, *arguments[1:]), device_bytes(params), 0, 0,
         ("reward.training.batch_size", "reward.training.max_length", "mesh.fsdp", "mesh.tensor"),
+        beside=sum(_speaks(config, mesh, speaks)) + _kept(config, mesh) if lasting else 0,
     )  # fmt: skip
+
+
+def _speaks(config: ExperimentConfig, mesh: Mesh, model: str) -> tuple[int, int]:
+    """Bytes of the model that speaks in self-play, and of its slots."""
+    shape, sampling = _shape(config, model), config.demonstrations.sampling
+    params = _placed(abstract_params(shape), shardings(logical_axes(shape), mesh), jnp.dtype(config.compute_dtype))
+    _, slots = _row_lengths(config, sampling.max_new_tokens, "demonstrations")
+    cache, _ = _cache(dataclasses.replace(shape, scan_layers=False), mesh, sampling.batch_size, slots)
+    return device_bytes(params), device_bytes(cache)
+
+
+def _kept(config: ExperimentConfig, mesh: Mesh) -> int:
+    """Bytes of what a batch of dialogues' candidates keep for the next turn."""
+    play = config.demonstrations
+    if not play.reuse_cache or play.max_turns == 1 or play.assistant.model != play.user.model:
+        return 0
+    return play.n * _speaks(config, mesh, play.assistant.model)[1]
 
 
 def _sampling(config: ExperimentConfig, mesh: Mesh, kind: str, model: str) -> Program:
@@ -386,13 +410,22 @@ def _sampling(config: ExperimentConfig, mesh: Mesh, kind: str, model: str) -> Pr
         in_shardings=(placement, formats, None, None, None),
         out_shardings=(None, None, formats),
     )
+    beside = 0
+    if section == "demonstrations":
+        # Where candidates are scored as they come, the reward model stays.
+        reward = _shape(config, config.reward.model)
+        axes = {**logical_axes(reward), **head_axes()}
+        tree = _placed(
+            _with_head(abstract_params(reward), reward), shardings(axes, mesh), jnp.dtype(config.compute_dtype)
+        )
+        beside = device_bytes(tree) + _kept(config, mesh)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
     tokens = _rows(mesh, (rows, 1 if kind == "decode" else prompt), jnp.int32)
     arguments = (params, cache, tokens, _rows(mesh, (rows,), jnp.int32), keys)
     return Program(
         f"{kind}_{model}", function, arguments, device_bytes(params), 0, device_bytes(cache),
         (f"{section}.sampling.batch_size", f"{section}.sampling.max_new_tokens", "mesh.tensor", "mesh.fsdp"),
-        shape.num_heads, shape.num_kv_heads,
+        shape.num_heads, shape.num_kv_heads, beside,
     )  # fmt: skip
 
 

@@ -151,8 +151,8 @@ class Engine:
         waiting = collections.deque(requests)
         running: dict[int, _Running] = {}
         completions: list[Completion] = []
-        self._shelf_rows = self._bucket(min(sum(one.keep for one in requests), self._batch))
         with self._alone(), self.stats.measured(self._programs), self._emptied_on_failure():
+            self._shelf_rows = self._bucket(min(sum(one.keep for one in requests), self._batch))
             with self._sharing(requests):
                 while waiting or running:
                     admitted: list[_Admitted] = []
@@ -270,7 +270,8 @@ class Engine:
 
     def _known(self, prompt: tuple[int, ...], parent: str | None) -> int:
         """How many of a prompt's first tokens its parent's cache holds; never all, since the last one predicts."""
-        if parent is None:
+        # A parent may have been forgotten since the run began: then all is read.
+        if parent is None or parent not in self._kept:
             return 0
         found = self._kept[parent].tokens
         same = next((i for i, (one, other) in enumerate(zip(prompt, found, strict=False)) if one != other), len(found))
@@ -406,20 +407,32 @@ class Engine:
         while keeping:
             shelf = self._free_shelf(room(self._slots.cache))
             part, keeping = keeping[: len(shelf.free)], keeping[len(shelf.free) :]
-            rows, shelf.free = shelf.free[: len(part)], shelf.free[len(part) :]
+            rows = shelf.free[: len(part)]
             count = self._bucket(len(part))
             # The last token drawn is not in the cache.
             tokens = [(*one.request.prompt, *one.tokens[:-1]) for _, one in part]
             rest = count - len(part)
-            shelf.cache = self._programs.restore(
-                shelf.cache,
-                self._slots.cache,
-                np.array([place for place, _ in part] + [0] * rest, np.int32),
-                np.array(rows + [shelf.cache.lengths.shape[0]] * rest, np.int32),
-                np.array([len(one) for one in tokens] + [0] * rest, np.int32),
-            )
+            with self._cleared_on_failure(shelf):
+                shelf.cache = self._programs.restore(
+                    shelf.cache,
+                    self._slots.cache,
+                    np.array([place for place, _ in part] + [0] * rest, np.int32),
+                    np.array(rows + [shelf.cache.lengths.shape[0]] * rest, np.int32),
+                    np.array([len(one) for one in tokens] + [0] * rest, np.int32),
+                )
+            shelf.free = shelf.free[len(part) :]
             for row, text, (_, one) in zip(rows, tokens, part, strict=True):
                 self._kept[one.request.id] = _Kept(text, shelf, row)
+
+    @contextlib.contextmanager
+    def _cleared_on_failure(self, shelf: _Shelf) -> Iterator[None]:
+        """What is given a shelf's memory and fails leaves nothing of it."""
+        try:
+            yield
+        except BaseException:
+            self._kept = {name: kept for name, kept in self._kept.items() if kept.shelf is not shelf}
+            self._shelves = [other for other in self._shelves if other is not shelf]
+            raise
 
     def _free_shelf(self, size: int) -> _Shelf:
         """A shelf with a free row of so much room."""

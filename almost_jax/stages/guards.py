@@ -16,8 +16,9 @@ from almost_jax.errors import TrainingDiverged
 from almost_jax.io.checkpoints import Checkpoints
 from almost_jax.io.run import Run
 
-# The keys, in a checkpoint's JSON, of how many steps were skipped before it: in a row, and in all.
-SKIPPED, SKIPPED_SO_FAR = "skipped_in_a_row", "skipped"
+# The keys, in a checkpoint's JSON, of how many steps were skipped before it: in a row, in all, and in a row with none
+# of their updates made.
+SKIPPED, SKIPPED_SO_FAR, UNCHANGED = "skipped_in_a_row", "skipped", "unchanged"
 # Limits, and the guards that they belong to.
 _LIMITS = {"max_kl": "kl", "min_entropy": "entropy"}
 # Figures of rollouts that are the policy's own: a bad one says that the policy went astray before it drew them.
@@ -48,11 +49,12 @@ class Guard:
         self._run, self._name, self._checkpoints, self._max_skips = run, name, checkpoints, max_skips
         self._skipped = int(extra.get(SKIPPED, 0))
         self._skipped_so_far = int(extra.get(SKIPPED_SO_FAR, 0))
+        self._unchanged = int(extra.get(UNCHANGED, 0))
 
     @property
     def extra(self) -> dict[str, Any]:
         """What a checkpoint must hold so that a resumed run counts on."""
-        found = {SKIPPED: self._skipped, SKIPPED_SO_FAR: self._skipped_so_far}
+        found = {SKIPPED: self._skipped, SKIPPED_SO_FAR: self._skipped_so_far, UNCHANGED: self._unchanged}
         return {key: count for key, count in found.items() if count}
 
     def say_what_was_skipped(self, steps: int) -> None:
@@ -68,14 +70,15 @@ class Guard:
         Args:
             step: counted from 1.
             problems: what was found.
-            drawn_by: the step whose policy drew this step's rollouts; None where no policy draws any.
+            drawn_by: the step whose policy drew this step's rollouts, of which nothing was learned yet; None once
+                something was, or where no policy draws any.
 
         Raises:
             TrainingDiverged: a problem's action is `stop`, or too many steps in a row were skipped.
         """
         acted = [problem for problem in problems if problem.action != "off"]
         if not acted:
-            self._skipped = 0
+            self._skipped = self._unchanged = 0
             return False
         last_good = self._last_good(drawn_by if any(problem.of_policy for problem in acted) else None)
         stopping, skipping = ([one.why for one in acted if one.action == kind] for kind in ("stop", "skip"))
@@ -83,6 +86,8 @@ class Guard:
             raise self._diverged(step, ", ".join(stopping), last_good)
         self._skipped += 1
         self._skipped_so_far += 1
+        # Of a step's updates that were begun, only the bad ones are left out.
+        self._unchanged = 0 if drawn_by is None else self._unchanged + 1
         why = ", ".join(skipping)
         if self._skipped > self._max_skips:
             skipped = f"{self._max_skips} steps in a row were skipped before it (max_skips)"
@@ -97,8 +102,8 @@ class Guard:
         """Names the last checkpoint, or the last one before the policy of step `astray` came to be."""
         steps = self._checkpoints.steps()
         if astray is not None:
-            # Steps that were skipped in a row left the policy as it was.
-            steps = [step for step in steps if step < astray - self._skipped]
+            # Steps that were skipped as a whole left the policy as it was.
+            steps = [step for step in steps if step < astray - self._unchanged]
         return f"the last good checkpoint is step {max(steps)}" if steps else "there is no good checkpoint before it"
 
 
@@ -167,7 +172,8 @@ def consequential(values: Mapping[str, Any]) -> dict[str, Any]:
 def loosened(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     """Whether all that changed are guards, and what they let through so far they would let through now.
 
-    A stage that such a guard has stopped may go on, and end as if the guards had been like this from the start.
+    A stage that such a guard has stopped may go on. Up to rounding, and the figure `skipped` that earlier lines of its
+    metrics lack, it ends as if the guards had been like this from the start.
 
     Args:
         before: values by dotted key, as the stage has read them so far.
@@ -183,12 +189,12 @@ def _loosened(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bo
         return False
     # Steps that were skipped by a limit might not be by another.
     if name == "max_kl":
-        return now[key] >= before[key] and before[f"{section}.kl"] != "skip"
+        return bool(now[key] >= before[key] and before.get(f"{section}.kl") == "stop")
     if name == "min_entropy":
-        return now[key] <= before[key] and before[f"{section}.entropy"] != "skip"
+        return bool(now[key] <= before[key] and before.get(f"{section}.entropy") == "stop")
     if name == "max_skips":
-        return now[key] >= before[key]
-    return before[key] == "stop"
+        return bool(now[key] >= before[key])
+    return bool(before[key] == "stop")
 
 
 def acts(problems: Iterable[Problem]) -> bool:

@@ -203,16 +203,57 @@ def test_what_is_kept_lies_close_together_and_its_rows_are_used_again(tiny: Llam
     freed = list(shelf.free)
     assert len(freed) == 9 and freed == sorted(freed)
     more = [Request(f"more-{place}", one.prompt, 2, keep=True) for place, one in enumerate(ask(9, 7))]
-    list(engine.run(more))
+    first |= {one.id: one for one in engine.run(more)}
     assert engine._shelves == [shelf] and shelf.free == []
-    # What was kept all along, beside rows that were used again.
-    asked = [Request(f"{one.id}/2", (*one.prompt, *first[one.id].content, 9, 21), parent=one.id) for one in opening[:3]]
+    # What was kept all along, and what lies in rows that were used again.
+    asked = [
+        Request(f"{one.id}/2", (*one.prompt, *first[one.id].content, 9, 21), parent=one.id)
+        for one in [*opening[:3], *more]
+    ]
     before = engine.stats.prefill_tokens
     found = list(engine.run(asked))
     assert by_id(found) == by_id(run(params, tiny, [Request(one.id, one.prompt) for one in asked], rules=rules))
     assert engine.stats.prefill_tokens - before < sum(len(one.prompt) for one in asked) / 2
+    # More than a shelf holds, of which some take the place of what they had kept.
+    again = [Request(one.id, one.prompt, 3, keep=True) for one in more[:5]]
+    again += [Request(f"again-{place}", one.prompt, 3, keep=True) for place, one in enumerate(ask(9, 8))]
+    first |= {one.id: one for one in engine.run(again)}
+    assert [len(one.free) for one in engine._shelves] == [0, 12 - 9]
+    asked = [Request(f"{one.id}/3", (*one.prompt, *first[one.id].content, 4), parent=one.id) for one in again]
+    found = list(engine.run(asked))
+    assert by_id(found) == by_id(run(params, tiny, [Request(one.id, one.prompt) for one in asked], rules=rules))
     engine.forget()
     assert engine._shelves == []
+
+
+def test_a_shelf_that_a_failure_has_damaged_goes(tiny: LlamaConfig, make_params: Any) -> None:
+    params = make_params(tiny, 1)
+    engine = Engine(params, tiny, RULES, SETTINGS, seed=5, prefix_tokens=PREFIX)
+    kept = [dataclasses.replace(one, keep=True) for one in ask(6, 7)]
+    list(engine.run(kept))
+    restore = engine._programs.restore
+
+    def failing(cache: Any, *rest: Any) -> Any:
+        restore(cache, *rest)
+        raise KeyboardInterrupt
+
+    engine._programs.restore = failing  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        list(engine.run([dataclasses.replace(one, id=f"{one.id}/b") for one in kept]))
+    engine._programs.restore = restore  # type: ignore[method-assign]
+    assert all(not leaf.is_deleted() for shelf in engine._shelves for leaf in jax.tree.leaves(shelf.cache))
+    assert by_id(list(engine.run(kept))) == by_id(run(params, tiny, ask(6, 7)))
+
+
+def test_a_parent_that_is_forgotten_while_its_child_waits_is_read_again(tiny: LlamaConfig, make_params: Any) -> None:
+    params = make_params(tiny, 1)
+    engine = Engine(params, tiny, RULES, SETTINGS, seed=5, prefix_tokens=PREFIX)
+    kept = [dataclasses.replace(one, keep=True) for one in ask(6, 7)]
+    list(engine.run(kept))
+    children = [Request(f"{one.id}/2", (*one.prompt, 9, 21), parent=one.id) for one in kept]
+    found = engine.run(children)
+    engine.forget()
+    assert by_id(list(found)) == by_id(run(params, tiny, [Request(one.id, one.prompt) for one in children]))
 
 
 def test_rows_are_copied_one_by_one_on_a_single_cpu_with_and_without_a_mesh(tiny: LlamaConfig) -> None:

@@ -98,6 +98,14 @@ def test_skipped_steps_left_the_policy_that_strayed_as_it_was(make_ppo: Callable
     assert said(run).count("the last good checkpoint is step 3") == 2
 
 
+def test_a_step_with_some_updates_made_left_another_policy(make_ppo: Callable[..., Run], tmp_path: Path) -> None:
+    guard = Guard(make_ppo(tmp_path), "rlsf", Mock(steps=lambda: [3, 4, 5, 6]), 5, {})
+    assert guard.skips(6, [Problem("skip", "loss is nan in update 1 of 4")])
+    # The policy of step 5 drew the rollouts of step 6, which were fine.
+    with pytest.raises(TrainingDiverged, match="the last good checkpoint is step 5$"):
+        guard.skips(7, [Problem("stop", "kl 999", of_policy=True)], drawn_by=6)
+
+
 @pytest.mark.parametrize("guard", ["entropy", "length"])
 def test_skipped_steps_leave_the_policy_alone_and_too_many_stop(
     make_ppo: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, guard: str
