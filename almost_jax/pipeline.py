@@ -349,8 +349,11 @@ class _Pipeline:
     def maker_of(self, error: InputError, stage: Stage) -> str | None:
         """The stage before this one that made what an error is about, as the error begins with its path; else None."""
         for earlier in STAGES[: _place(stage.name)]:
-            if any(str(error).startswith(str(self.directory / output)) for output in earlier.outputs):
-                return earlier.name
+            for output in earlier.outputs:
+                # The path whole, or of something in that folder: not `reward` of `reward_ablation`.
+                start, rest = f"{self.directory / output}", str(error)
+                if rest.startswith(start) and rest[len(start) : len(start) + 1] in ("", "/", ":", ",", " "):
+                    return earlier.name
         return None
 
     def write(self) -> None:

@@ -337,6 +337,14 @@ def test_who_makes_a_damaged_record_again_is_said(bench: Bench) -> None:
     del bench.instead["reward"]
     damaged.unlink()
     assert bench()[:2] == ["comparisons", "reward"]
+    scores = bench.directory / "reward_ablation" / "scores.jsonl"
+
+    def stumble_later(run: Run) -> dict[str, Any]:
+        raise InputError(f"{scores}: is gone")
+
+    bench.instead["report"] = stumble_later
+    with pytest.raises(InputError, match=r"is gone; delete it, and the stage reward_ablation makes it again$"):
+        bench(["name=other"])
 
 
 def test_a_changed_key_makes_its_stage_and_what_follows_stale_and_says_why(bench: Bench) -> None:

@@ -117,16 +117,16 @@ def generate_command(
     prefix = "" if prefix_file is None else _read_text(prefix_file)
     keep_compiled_programs()
     place = make_mesh(MeshConfig()) if mesh is None else parse_mesh(mesh)
-    folder = Path(locate(model)).resolve()
-    if folder in (out.resolve(), *out.resolve().parents):
+    located = locate(model)
+    if Path(located).resolve() in (out.resolve(), *out.resolve().parents):
         raise InputError(f"{out}: is of the model that is read; expected another file")
-    loaded = load_model(locate(model), place, dtype)
+    loaded = load_model(located, place, dtype)
     if loaded.kind == "reward":
         raise InputError(f"{model}: is a reward model; expected one that writes")
     values = {"temperature": temperature, "top-p": top_p, "top-k": top_k}
     values["max-new-tokens"] = _DEFAULTS.max_new_tokens if max_new_tokens is None else max_new_tokens
     sampling = Sampling(
-        rules=sampling_rules(values, () if ignore_eos else ends(loaded, locate(model))),
+        rules=sampling_rules(values, () if ignore_eos else ends(loaded, located)),
         as_room_allows=max_new_tokens is None,
         settings=Settings(batch_size, steps_per_wake, refill, prefill_tokens),
         stops=tuple(stop or []),

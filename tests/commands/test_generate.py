@@ -176,6 +176,9 @@ def test_nothing_that_is_read_is_written_over(tmp_path: Path, capsys: Any, folde
     ):
         code, _, err = command(capsys, "generate", *given, *more)
         assert code == 2 and "the input; expected another file" in err and len(err.splitlines()) == 1
+    inside = folder / "model" / "config.json"
+    code, _, err = sample(capsys, folder, inside)
+    assert code == 2 and err == f"almost-jax: {inside}: is of the model that is read; expected another file\n"
     assert prefix.read_text() == "w5 w6" and prompts.read_text() == '{"prompt": "w3"}'
 
 
