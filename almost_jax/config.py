@@ -30,9 +30,13 @@ def _axis_size(size: int) -> int:
 AxisSize = Annotated[int, Field(strict=True), AfterValidator(_axis_size)]
 
 
+# Logits over lower temperatures may be infinite in float32.
+COLDEST = 1e-6
+
+
 def _temperature(value: float) -> float:
-    if value != 0 and value < 1e-6:
-        raise ValueError("a temperature is 0 (greedy), or 1e-6 or more")
+    if value != 0 and value < COLDEST:
+        raise ValueError(f"a temperature is 0 (greedy), or {COLDEST:g} or more")
     return value
 
 

@@ -144,7 +144,7 @@ def test_a_guard_can_be_off_as_people_write_it(tmp_path: Path, written: str) -> 
         ("models.small=3", "models.small: must be a valid string, not 3"),
         ("mesh.data=0", "mesh.data: an axis has a positive number"),
         ("mesh.fsdp=-1", "mesh.fsdp: only one mesh axis may be -1"),
-        ("ppo.sampling.temperature=1e-9", "ppo.sampling.temperature: a temperature is 0 (greedy), or 1e-6 or more"),
+        ("ppo.sampling.temperature=1e-9", "ppo.sampling.temperature: a temperature is 0 (greedy), or 1e-06 or more"),
         ("mesh.gradient_dtype=bfloat16", "mesh.gradient_dtype: bfloat16 needs mesh.explicit"),
         ("name=a/b", "name: must match pattern"),
         ("nonsense", "must be a.b=v"),

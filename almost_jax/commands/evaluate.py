@@ -9,7 +9,7 @@ import jax
 import typer
 
 from almost_jax.commands.places import DtypeOption, MeshOption, check_dtype, on_disk, parse_mesh
-from almost_jax.config import MeshConfig, SamplingConfig
+from almost_jax.config import COLDEST, MeshConfig, SamplingConfig
 from almost_jax.core.partitioning import make_mesh, whole_rows
 from almost_jax.errors import InputError
 from almost_jax.evaluation import duel, vicuna
@@ -23,7 +23,6 @@ from almost_jax.io.paths import local_path
 from almost_jax.io.progress import stderr_progress
 from almost_jax.io.records import Record, check_writable
 from almost_jax.io.transfer import locate
-from almost_jax.sampling.rules import COLDEST
 
 REWARD_MODEL = "reward_model"
 _SHOWN = 5

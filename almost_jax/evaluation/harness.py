@@ -26,7 +26,7 @@ from lm_eval.models.utils import (
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from almost_jax.config import MeshConfig, SamplingConfig
+from almost_jax.config import COLDEST, MeshConfig, SamplingConfig
 from almost_jax.core.partitioning import make_mesh, whole_rows
 from almost_jax.errors import InputError
 from almost_jax.evaluation.choices import MULTIPLE, exact, fit
@@ -34,7 +34,6 @@ from almost_jax.io.models import load_model
 from almost_jax.io.transfer import locate
 from almost_jax.sampling.engine import Request, generate
 from almost_jax.sampling.likelihood import Likelihood, continuation_likelihoods
-from almost_jax.sampling.rules import COLDEST
 from almost_jax.sampling.stops import StopStrings
 from almost_jax.stages.prompting import engine_settings, sampling_rules
 

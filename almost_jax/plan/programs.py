@@ -133,6 +133,13 @@ def _with_head(tree: Any, shape: LlamaConfig) -> Any:
     return {**tree, "score": {"kernel": jax.ShapeDtypeStruct((shape.hidden_size,), jnp.float32)}}
 
 
+def _loaded(mesh: Mesh, shape: LlamaConfig, head: bool, dtype: Any) -> Any:
+    """A model's parameters as a stage that doesn't train it has them."""
+    tree = _with_head(abstract_params(shape), shape) if head else abstract_params(shape)
+    axes = {**logical_axes(shape), **head_axes()} if head else logical_axes(shape)
+    return _placed(tree, shardings(axes, mesh), jnp.dtype(dtype))
+
+
 def _state(config: ExperimentConfig, mesh: Mesh, shape: LlamaConfig, optimizer: Any, head: bool) -> TrainState:
     placement = training_shardings(shape, config.mesh, mesh, head)
     tree = _with_head(abstract_params(shape), shape) if head else abstract_params(shape)
@@ -222,7 +229,7 @@ def _dpo_step(config: ExperimentConfig, mesh: Mesh) -> Program:
 def _dpo_reference(config: ExperimentConfig, mesh: Mesh) -> Program:
     """The SFT model's log-probs of a batch of pairs, in float32 as it was loaded to be trained."""
     settings, shape = _dpo(config), _shape(config, config.sft.model)
-    params = _placed(abstract_params(shape), shardings(logical_axes(shape), mesh), jnp.float32)
+    params = _loaded(mesh, shape, False, jnp.float32)
     arguments = (params, _pairs(mesh, settings.training), judging_shape(shape, config.mesh, mesh))
     return Program(
         "dpo_reference", _response_logprobs, (*arguments, settings.length_normalized), device_bytes(params), 0, 0,
@@ -283,15 +290,11 @@ def _ppo_update(config: ExperimentConfig, mesh: Mesh) -> Program:
 
 def _frozen(config: ExperimentConfig, mesh: Mesh) -> tuple[Any, Any]:
     """Reference (None where no run of PPO has one) and reward model, as PPO keeps them."""
-    players, dtype = _players(config), config.ppo.frozen_dtype
-
-    def kept(shape: LlamaConfig, head: bool) -> Any:
-        tree = _with_head(abstract_params(shape), shape) if head else abstract_params(shape)
-        axes = {**logical_axes(shape), **head_axes()} if head else logical_axes(shape)
-        return _placed(tree, shardings(axes, mesh), jnp.dtype(config.compute_dtype if dtype == "compute" else dtype))
-
+    players, frozen = _players(config), config.ppo.frozen_dtype
+    dtype = config.compute_dtype if frozen == "compute" else frozen
     measured = config.ppo.uses_reference or config.over_optimisation is not None
-    return kept(players.policy, False) if measured else None, kept(players.reward, True)
+    reference = _loaded(mesh, players.policy, False, dtype) if measured else None
+    return reference, _loaded(mesh, players.reward, True, dtype)
 
 
 def _players(config: ExperimentConfig) -> Players:
@@ -351,9 +354,7 @@ def _experience(config: ExperimentConfig, mesh: Mesh) -> Experience:
 
 def _score_reward(config: ExperimentConfig, mesh: Mesh) -> Program:
     shape = _shape(config, config.reward.model)
-    axes = {**logical_axes(shape), **head_axes()}
-    tree = _with_head(abstract_params(shape), shape)
-    params = _placed(tree, shardings(axes, mesh), jnp.dtype(config.compute_dtype))
+    params = _loaded(mesh, shape, True, config.compute_dtype)
     rows, length = config.reward.training.batch_size, config.reward.training.max_length
     arguments = (params, _rows(mesh, (rows, length), jnp.int32), _rows(mesh, (rows,), jnp.int32))
     speaks = config.demonstrations.assistant.model
@@ -368,7 +369,7 @@ def _score_reward(config: ExperimentConfig, mesh: Mesh) -> Program:
 def _speaks(config: ExperimentConfig, mesh: Mesh, model: str) -> tuple[int, int]:
     """Bytes of the model that speaks in self-play, and of its slots."""
     shape, sampling = _shape(config, model), config.demonstrations.sampling
-    params = _placed(abstract_params(shape), shardings(logical_axes(shape), mesh), jnp.dtype(config.compute_dtype))
+    params = _loaded(mesh, shape, False, config.compute_dtype)
     _, slots = _row_lengths(config, sampling.max_new_tokens, "demonstrations")
     cache, _ = _cache(dataclasses.replace(shape, scan_layers=False), mesh, sampling.batch_size, slots)
     return device_bytes(params), device_bytes(cache)
@@ -390,7 +391,7 @@ def _sampling(config: ExperimentConfig, mesh: Mesh, kind: str, model: str) -> Pr
     settings = config.demonstrations.sampling if section == "demonstrations" else config.comparisons.sampling
     rows = settings.batch_size
     prompt, slots = _row_lengths(config, settings.max_new_tokens, section)
-    params = _placed(abstract_params(shape), shardings(logical_axes(shape), mesh), jnp.dtype(config.compute_dtype))
+    params = _loaded(mesh, shape, False, config.compute_dtype)
     rules = SamplingRules(
         temperature=settings.temperature, top_p=settings.top_p, top_k=settings.top_k,
         max_new_tokens=settings.max_new_tokens, stop_tokens=(2,),
@@ -413,12 +414,8 @@ def _sampling(config: ExperimentConfig, mesh: Mesh, kind: str, model: str) -> Pr
     beside = 0
     if section == "demonstrations":
         # Where candidates are scored as they come, the reward model stays.
-        reward = _shape(config, config.reward.model)
-        axes = {**logical_axes(reward), **head_axes()}
-        tree = _placed(
-            _with_head(abstract_params(reward), reward), shardings(axes, mesh), jnp.dtype(config.compute_dtype)
-        )
-        beside = device_bytes(tree) + _kept(config, mesh)
+        reward = _loaded(mesh, _shape(config, config.reward.model), True, config.compute_dtype)
+        beside = device_bytes(reward) + _kept(config, mesh)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
     tokens = _rows(mesh, (rows, 1 if kind == "decode" else prompt), jnp.int32)
     arguments = (params, cache, tokens, _rows(mesh, (rows,), jnp.int32), keys)

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from almost_jax.config import COLDEST
+
 # The bits of a float32 in [0, 1], read as an integer, lie below 2 ** 30.
 _UNIT_BITS = 30
-# Logits over lower temperatures may be infinite in float32.
-COLDEST = 1e-6
 # Tokens that are drawn from together, see `_pick`.
 _BLOCK = 128
 
