@@ -7,7 +7,6 @@ prefix (a few-shot prompt), and a request whose prompt goes on from an earlier o
 reads only what is new. A long prompt with several samples stays one copy, which every step reads once for all of them.
 """
 
-import bisect
 import collections
 import contextlib
 import dataclasses
@@ -28,6 +27,7 @@ from almost_jax.sampling.reading import Sizes, batches
 from almost_jax.sampling.requests import Completion, Finish, Request, Settings, check_requests, check_tokens
 from almost_jax.sampling.rules import SamplingRules
 from almost_jax.sampling.sampler import Drawn, Slots
+from almost_jax.sampling.shelves import Shelves
 from almost_jax.sampling.stats import Stats
 from almost_jax.sampling.stops import StopStrings
 from almost_jax.sampling.table import Table, table_for
@@ -57,23 +57,6 @@ class _Admitted:
     places: tuple[int, ...] = struct.field(pytree_node=False)
     tokens: Array
     logprobs: Array
-
-
-@dataclasses.dataclass
-class _Shelf:
-    """A cache for what ended requests keep, and its rows that are free, in ascending order."""
-
-    cache: Cache
-    free: list[int]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Kept:
-    """An ended request's tokens, and its row on a shelf."""
-
-    tokens: tuple[int, ...]
-    shelf: _Shelf
-    row: int
 
 
 class Engine:
@@ -114,10 +97,7 @@ class Engine:
         usual = self._bucket(1)
         few = self._even(-(-usual // _FORKED))
         self._sizes = Sizes(few, usual, self._batch, place.rows, settings.prefill_tokens)
-        self._kept: dict[str, _Kept] = {}
-        self._shelves: list[_Shelf] = []
-        # The rows of a new shelf.
-        self._shelf_rows = self._batch
+        self._shelves = Shelves(self._programs, self._batch, self._bucket)
         self._busy = False
         self._slots: Slots | None = None
         # The prompts that samples share in the run that is going on, and what was read of them.
@@ -135,24 +115,19 @@ class Engine:
             InputError: an empty prompt, a token outside the vocabulary, an id given twice, a limit above the rules', an
                 unknown parent, or a prompt that leaves no room for its new tokens within the model's positions.
         """
-        check_requests(requests, self._config, self._rules.max_new_tokens, len(self._prefix_tokens), self._kept)
+        check_requests(requests, self._config, self._rules.max_new_tokens, len(self._prefix_tokens), self._shelves)
         return self._run(requests)
 
     def forget(self, ids: Iterable[str] | None = None) -> None:
         """Free what was kept of some requests, or of all: their rows are used again, empty shelves go."""
-        for name in list(self._kept) if ids is None else ids:
-            kept = self._kept.pop(name, None)
-            if kept is not None:
-                # In an order that doesn't depend on that of the ids, which may differ between hosts.
-                bisect.insort(kept.shelf.free, kept.row)
-        self._shelves = [shelf for shelf in self._shelves if len(shelf.free) < shelf.cache.lengths.shape[0]]
+        self._shelves.forget(ids)
 
     def _run(self, requests: Sequence[Request]) -> Iterator[Completion]:
         waiting = collections.deque(requests)
         running: dict[int, _Running] = {}
         completions: list[Completion] = []
         with self._alone(), self.stats.measured(self._programs), self._emptied_on_failure():
-            self._shelf_rows = self._bucket(min(sum(one.keep for one in requests), self._batch))
+            self._shelves.rows = self._bucket(min(sum(one.keep for one in requests), self._batch))
             with self._sharing(requests):
                 while waiting or running:
                     admitted: list[_Admitted] = []
@@ -271,9 +246,7 @@ class Engine:
     def _known(self, prompt: tuple[int, ...], parent: str | None) -> int:
         """How many of a prompt's first tokens its parent's cache holds; never all, since the last one predicts."""
         # A parent may have been forgotten since the run began: then all is read.
-        if parent is None or parent not in self._kept:
-            return 0
-        found = self._kept[parent].tokens
+        found = () if parent is None else self._shelves.tokens(parent)
         same = next((i for i, (one, other) in enumerate(zip(prompt, found, strict=False)) if one != other), len(found))
         return min(same, len(prompt) - 1, len(found))
 
@@ -320,23 +293,13 @@ class Engine:
     def _restored(self, group: "_Group", rows: int) -> Cache:
         """A cache of the group's rows, each holding what is kept of its parent."""
         size = bucket_size(max(group.starts) + group.width, _ROOM)
-        cache = self._programs.empty_cache(rows, size)
-        by_shelf: dict[int, list[int]] = {}
-        for row, own in enumerate(group.forks):
-            if group.starts[row]:
-                by_shelf.setdefault(id(self._kept[str(own[0].parent)].shelf), []).append(row)
-        for members in by_shelf.values():
-            parents = [self._kept[str(group.forks[row][0].parent)] for row in members]
-            rest = self._bucket(len(members)) - len(members)
-            cache = self._programs.restore(
-                cache,
-                parents[0].shelf.cache,
-                np.array([parent.row for parent in parents] + [0] * rest, np.int32),
-                np.array(members + [rows] * rest, np.int32),
-                np.array([group.starts[row] for row in members] + [0] * rest, np.int32),
-            )
-            self.stats.prefill_tokens_reused += sum(group.starts[row] for row in members)
-        return cache
+        self.stats.prefill_tokens_reused += sum(group.starts)
+        wanted = {
+            row: (str(own[0].parent), start)
+            for row, (own, start) in enumerate(zip(group.forks, group.starts, strict=True))
+            if start
+        }
+        return self._shelves.restored(self._programs.empty_cache(rows, size), wanted)
 
     def _collect(
         self, running: dict[int, _Running], drawn: Drawn, admitted: list[_Admitted]
@@ -399,49 +362,13 @@ class Engine:
 
     def _set_aside(self, ended: list[tuple[int, _Running]]) -> None:
         """Copy the caches of those that asked for it, before their slots are given away."""
-        keeping = [(place, one) for place, one in ended if one.request.keep]
-        if not keeping:
-            return
-        assert self._slots is not None, "a request that ended had a slot"
-        self.forget(one.request.id for _, one in keeping)
-        while keeping:
-            shelf = self._free_shelf(room(self._slots.cache))
-            part, keeping = keeping[: len(shelf.free)], keeping[len(shelf.free) :]
-            rows = shelf.free[: len(part)]
-            count = self._bucket(len(part))
-            # The last token drawn is not in the cache.
-            tokens = [(*one.request.prompt, *one.tokens[:-1]) for _, one in part]
-            rest = count - len(part)
-            with self._cleared_on_failure(shelf):
-                shelf.cache = self._programs.restore(
-                    shelf.cache,
-                    self._slots.cache,
-                    np.array([place for place, _ in part] + [0] * rest, np.int32),
-                    np.array(rows + [shelf.cache.lengths.shape[0]] * rest, np.int32),
-                    np.array([len(one) for one in tokens] + [0] * rest, np.int32),
-                )
-            shelf.free = shelf.free[len(part) :]
-            for row, text, (_, one) in zip(rows, tokens, part, strict=True):
-                self._kept[one.request.id] = _Kept(text, shelf, row)
-
-    @contextlib.contextmanager
-    def _cleared_on_failure(self, shelf: _Shelf) -> Iterator[None]:
-        """What is given a shelf's memory and fails leaves nothing of it."""
-        try:
-            yield
-        except BaseException:
-            self._kept = {name: kept for name, kept in self._kept.items() if kept.shelf is not shelf}
-            self._shelves = [other for other in self._shelves if other is not shelf]
-            raise
-
-    def _free_shelf(self, size: int) -> _Shelf:
-        """A shelf with a free row of so much room."""
-        for shelf in self._shelves:
-            if shelf.free and room(shelf.cache) == size:
-                return shelf
-        cache = self._programs.empty_cache(self._shelf_rows, size)
-        self._shelves.append(_Shelf(cache, list(range(self._shelf_rows))))
-        return self._shelves[-1]
+        # The last token drawn is not in the cache.
+        keeping = [
+            (place, one.request.id, (*one.request.prompt, *one.tokens[:-1])) for place, one in ended if one.request.keep
+        ]
+        if keeping:
+            assert self._slots is not None, "a request that ended had a slot"
+            self._shelves.keep(self._slots.cache, keeping)
 
     def _taken(self) -> Slots:
         """The slots, for a program that is given their memory."""

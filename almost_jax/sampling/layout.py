@@ -36,21 +36,22 @@ def sampling_layout(params: Params, config: LlamaConfig, platform: str) -> tuple
         return params, config
     if params["embedding"].dtype != config.dtype:
         params = _cast(params, config.dtype)
-    # A scan that is given a cache and gives one back holds it twice on a TPU (LOG.md).
-    params, config = decode_layout(params, config, "cpu")
     if platform != "cpu":
-        return params, config
+        # A scan that is given a cache and gives one back holds it twice on a TPU (LOG.md).
+        return decode_layout(params, config, "cpu")
     table = params["embedding"]
     head = {"lm_head": {"kernel": table}} if config.tie_embeddings else {}
     # Looked up in float32: a CPU gathers floats of two bytes by converting the whole table first.
     lookup = {"embedding": table.astype("float32")}
-    config = dataclasses.replace(config, tie_embeddings=False)
-    return {**_turned(params, config), **head, **lookup}, dataclasses.replace(config, out_in=True)
+    rest = _turned({name: tree for name, tree in params.items() if name != "embedding"}, config)
+    return {**rest, **head, **lookup}, dataclasses.replace(
+        config, scan_layers=False, tie_embeddings=False, out_in=True
+    )
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def _turned(params: Params, config: LlamaConfig) -> Params:
-    """Every kernel of the model with its output dimensions first; a scalar head stays as it is."""
+    """Unrolled layers, every kernel with its output dimensions first; a scalar head stays as it is."""
 
     def turn(path: Any, leaf: jax.Array) -> jax.Array:
         names = [entry.key for entry in path]
@@ -60,4 +61,5 @@ def _turned(params: Params, config: LlamaConfig) -> Params:
         contracted = 2 if names[-2] == "output" else 1
         return jnp.moveaxis(leaf, tuple(range(contracted)), tuple(range(-contracted, 0)))
 
-    return jax.tree_util.tree_map_with_path(turn, params)
+    # In one program with the turning, so that the weights are copied once.
+    return jax.tree_util.tree_map_with_path(turn, decode_layout(params, config, "cpu")[0])

@@ -196,7 +196,7 @@ def test_what_is_kept_lies_close_together_and_its_rows_are_used_again(tiny: Llam
         for place, (one, limit) in enumerate(zip(ask(12, 7), limits, strict=True))
     ]
     first = {one.id: one for one in in_order(opening, engine.run(opening))}
-    (shelf,) = engine._shelves
+    (shelf,) = engine._shelves.shelves
     assert shelf.cache.lengths.shape == (12,) and shelf.free == []
     # Whatever the order in which they are forgotten.
     engine.forget(one.id for one in opening[3:][::-1])
@@ -204,7 +204,7 @@ def test_what_is_kept_lies_close_together_and_its_rows_are_used_again(tiny: Llam
     assert len(freed) == 9 and freed == sorted(freed)
     more = [Request(f"more-{place}", one.prompt, 2, keep=True) for place, one in enumerate(ask(9, 7))]
     first |= {one.id: one for one in engine.run(more)}
-    assert engine._shelves == [shelf] and shelf.free == []
+    assert engine._shelves.shelves == [shelf] and shelf.free == []
     # What was kept all along, and what lies in rows that were used again.
     asked = [
         Request(f"{one.id}/2", (*one.prompt, *first[one.id].content, 9, 21), parent=one.id)
@@ -218,12 +218,12 @@ def test_what_is_kept_lies_close_together_and_its_rows_are_used_again(tiny: Llam
     again = [Request(one.id, one.prompt, 3, keep=True) for one in more[:5]]
     again += [Request(f"again-{place}", one.prompt, 3, keep=True) for place, one in enumerate(ask(9, 8))]
     first |= {one.id: one for one in engine.run(again)}
-    assert [len(one.free) for one in engine._shelves] == [0, 12 - 9]
+    assert [len(one.free) for one in engine._shelves.shelves] == [0, 12 - 9]
     asked = [Request(f"{one.id}/3", (*one.prompt, *first[one.id].content, 4), parent=one.id) for one in again]
     found = list(engine.run(asked))
     assert by_id(found) == by_id(run(params, tiny, [Request(one.id, one.prompt) for one in asked], rules=rules))
     engine.forget()
-    assert engine._shelves == []
+    assert engine._shelves.shelves == []
 
 
 def test_a_shelf_that_a_failure_has_damaged_goes(tiny: LlamaConfig, make_params: Any) -> None:
@@ -241,7 +241,7 @@ def test_a_shelf_that_a_failure_has_damaged_goes(tiny: LlamaConfig, make_params:
     with pytest.raises(KeyboardInterrupt):
         list(engine.run([dataclasses.replace(one, id=f"{one.id}/b") for one in kept]))
     engine._programs.restore = restore  # type: ignore[method-assign]
-    assert all(not leaf.is_deleted() for shelf in engine._shelves for leaf in jax.tree.leaves(shelf.cache))
+    assert all(not leaf.is_deleted() for shelf in engine._shelves.shelves for leaf in jax.tree.leaves(shelf.cache))
     assert by_id(list(engine.run(kept))) == by_id(run(params, tiny, ask(6, 7)))
 
 
