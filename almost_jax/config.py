@@ -204,6 +204,12 @@ class OptimizerConfig(Section):
     weight_decay: NonNegative = 0.0
     max_grad_norm: Positive = 1.0
 
+    @model_validator(mode="after")
+    def _decays(self) -> "OptimizerConfig":
+        if self.final_fraction and self.schedule == "constant":
+            raise wrong("final_fraction", f"{self.final_fraction} with schedule: constant; use linear or cosine, or 0")
+        return self
+
 
 class PolicyOptimizerConfig(OptimizerConfig):
     """`OptimizerConfig` for a policy that has been fine-tuned before."""
@@ -231,7 +237,8 @@ class TrainingConfig(Section):
     """A supervised training run: SFT, the reward model, the as-is reward model.
 
     `max_length` (tokens) truncates nothing: longer examples are dropped and counted. `micro_batches` splits each batch
-    for gradient accumulation.
+    for gradient accumulation, `steps_per_call` makes so many steps by one call of a program. The last `max_to_keep`
+    checkpoints stay.
     """
 
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -240,13 +247,21 @@ class TrainingConfig(Section):
     micro_batches: PositiveInt = 1
     max_length: PositiveInt = 1024
     guards: GuardsConfig = GuardsConfig()
+    steps_per_call: PositiveInt = 1
     checkpoint_every: PositiveInt = 100
+    max_to_keep: PositiveInt = 2
     log_every: PositiveInt = 10
 
     @model_validator(mode="after")
     def _divides(self) -> "TrainingConfig":
         if self.batch_size % self.micro_batches:
             raise wrong("batch_size", f"{self.batch_size} must be divisible by micro_batches {self.micro_batches}")
+        if self.checkpoint_every % self.steps_per_call:
+            raise wrong(
+                "checkpoint_every",
+                f"{self.checkpoint_every} must be divisible by steps_per_call {self.steps_per_call}: a state is saved "
+                "between two calls",
+            )
         return self
 
 
@@ -570,6 +585,7 @@ class PpoConfig(Section):
     overlap_rollouts: Flag = False
     guards: PpoGuardsConfig = PpoGuardsConfig()
     checkpoint_every: PositiveInt = 20
+    max_to_keep: PositiveInt = 2
     log_every: PositiveInt = 1
     sample_every: PositiveInt = 20
 

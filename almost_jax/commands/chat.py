@@ -17,6 +17,7 @@ from rich.console import Console
 from almost_jax.commands.places import DtypeOption, MeshOption, SeedOption, check_dtype, one_device, parse_mesh
 from almost_jax.commands.terminal import harmless, spoken
 from almost_jax.core.llama import LlamaConfig, Params
+from almost_jax.core.partitioning import exact_products
 from almost_jax.errors import InputError
 from almost_jax.io.models import Model, load_model
 from almost_jax.io.transfer import GENERATION, locate
@@ -25,7 +26,7 @@ from almost_jax.sampling.layout import decode_layout
 from almost_jax.sampling.rules import SamplingRules
 from almost_jax.sampling.streaming import stream
 from almost_jax.stages.dialogues import prompt_tokens
-from almost_jax.stages.templates import END_OF_TURN, LABELS, Turn
+from almost_jax.stages.templates import LABELS, Turn
 
 # Prompts and caches are padded to a multiple of it.
 _MULTIPLE = 128
@@ -86,9 +87,9 @@ class Chat:
             raise InputError(f"{len(prompt)} tokens; the model reads {self.config.max_position_embeddings}")
         rules = dataclasses.replace(self.rules, max_new_tokens=min(room, self.rules.max_new_tokens))
         pieces: list[str] = []
-        stops = (f"{END_OF_TURN}{LABELS['human']}",) if self.plain else ()
+        stops = (f"\n{LABELS['human']}",) if self.plain else ()
         try:
-            with jax.set_mesh(self.mesh):
+            with jax.set_mesh(self.mesh), exact_products(self.config.dtype):
                 ids = stream(self.params, self.config, prompt, rules, self._key(), multiple=_MULTIPLE)
                 for piece in spoken(self.model.tokenizer, ids, stops):
                     pieces.append(piece)
@@ -271,14 +272,18 @@ def _change(console: Console, chat: Chat, words: list[str]) -> None:
         try:
             name, value = words
             settings[name] = SETTINGS[name](value)
-            chat.rules = sampling_rules(settings, rules.stop_tokens)
+            changed = sampling_rules(settings, rules.stop_tokens)
+            shown = "  ".join(f"{name} {value:g}" for name, value in settings.items())
         except InputError as error:
             _print(console, str(error), "red")
             return
-        except (KeyError, ValueError):
+        except (KeyError, ValueError, OverflowError):
             _print(console, f"expected one of {', '.join(SETTINGS)} and a number", "red")
             return
-    _print(console, "  ".join(f"{name} {value:g}" for name, value in settings.items()), "dim")
+        chat.rules = changed
+    else:
+        shown = "  ".join(f"{name} {value:g}" for name, value in settings.items())
+    _print(console, shown, "dim")
 
 
 def _print(console: Console, text: str, style: str) -> None:

@@ -8,9 +8,10 @@ from typing import Annotated
 import jax
 import typer
 
+from almost_jax.commands.chat import ends
 from almost_jax.commands.places import DtypeOption, MeshOption, check_dtype, on_disk, parse_mesh
 from almost_jax.config import COLDEST, MeshConfig, SamplingConfig
-from almost_jax.core.partitioning import make_mesh, whole_rows
+from almost_jax.core.partitioning import exact_products, make_mesh, whole_rows
 from almost_jax.errors import InputError
 from almost_jax.evaluation import duel, vicuna
 from almost_jax.evaluation.answers import PLAIN, answer
@@ -142,14 +143,16 @@ def vicuna_command(
         )
         judged_by = duel.EndpointJudge(Judge(endpoint, folder / "replies"), asked)
     sides: list[list[Record]] = []
-    with jax.set_mesh(place):
+    with jax.set_mesh(place), exact_products(dtype):
         for source, how in ((model, prompt), (against, against_prompt)):
             path = local_path(source)
             if path.suffix == ".jsonl" and path.is_file():
                 sides.append(vicuna.read_answers(path, questions))
             else:
-                loaded: Model = load_model(locate(source), place, dtype)
-                sides.append(answer(loaded, questions, how, sampling, seed, folder, stderr_progress))
+                located = locate(source)
+                loaded: Model = load_model(located, place, dtype)
+                own = ends(loaded, located)
+                sides.append(answer(loaded, questions, how, sampling, seed, folder, stderr_progress, own))
                 # Two large models need not fit.
                 del loaded
         if reward_model is not None:
@@ -176,7 +179,7 @@ def _evaluate(
     place = make_mesh(MeshConfig()) if mesh is None else parse_mesh(mesh)
     loaded = load_model(locate(model), place, dtype)
 
-    with jax.set_mesh(place):
+    with jax.set_mesh(place), exact_products(dtype):
         found = evaluate(benchmark, loaded, questions, whole_rows(place, batch_size), out, stderr_progress)
     figures = {key: value for key, value in found.items() if key != "items"}
     typer.echo(json.dumps(figures, indent=2, ensure_ascii=False))

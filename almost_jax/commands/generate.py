@@ -23,7 +23,7 @@ from almost_jax.commands.places import (
     parse_mesh,
 )
 from almost_jax.config import MeshConfig, SamplingConfig
-from almost_jax.core.partitioning import make_mesh
+from almost_jax.core.partitioning import exact_products, make_mesh
 from almost_jax.errors import InputError
 from almost_jax.io.models import Model, load_model, model_digest
 from almost_jax.io.progress import stderr_progress
@@ -134,7 +134,7 @@ def generate_command(
         seed=seed,
         n=n,
     )
-    with jax.set_mesh(place), jax.default_matmul_precision("highest" if dtype == "float32" else "default"):
+    with jax.set_mesh(place), exact_products(dtype):
         stats = generate_file(loaded, asked, out, sampling)
     sys.stderr.write(json.dumps(stats.report()) + "\n")
 
@@ -217,6 +217,7 @@ def generate_file(model: Model, prompts: Sequence[Prompt], out: Path, sampling: 
     requests: list[Request] = []
     digests: dict[str, str] = {}
     digest = model_digest(model)
+    limits: list[int] = []
     most = max([sampling.rules.max_new_tokens, *(prompt.max_new_tokens or 1 for prompt in prompts)])
     for prompt in prompts:
         tokens = tuple(encode(prompt.text))
@@ -227,14 +228,16 @@ def generate_file(model: Model, prompts: Sequence[Prompt], out: Path, sampling: 
         except InputError as error:
             raise InputError(f"{prompt.where}: {error}") from error
         requests += own
+        limits.append(limit)
         digests.update(dict.fromkeys([one.id for one in own], sampling.digest(digest, tokens, limit)))
-    for token in tokenizer.backend.all_special_tokens:
+    added = tokenizer.backend.added_tokens_decoder.values()
+    for token in {*tokenizer.backend.all_special_tokens, *(str(one) for one in added if one.special)}:
         if any(token in stop for stop in sampling.stops):
             raise InputError(
                 f"--stop: holds the special token {token!r}, and texts, in which stops are looked for, are without "
                 "those; the end of text ends a sample anyway"
             )
-    rules = dataclasses.replace(sampling.rules, max_new_tokens=most)
+    rules = dataclasses.replace(sampling.rules, max_new_tokens=max(limits, default=1))
     # Of all samples, not of those that are left, so that a call that goes on has as many.
     slots = max(min(sampling.settings.slots, len(requests)), 1)
     engine = Engine(

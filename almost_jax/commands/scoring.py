@@ -11,7 +11,7 @@ import typer
 
 from almost_jax.commands.places import DtypeOption, MeshOption, check_dtype, on_disk, parse_mesh
 from almost_jax.config import MeshConfig
-from almost_jax.core.partitioning import make_mesh, whole_rows
+from almost_jax.core.partitioning import exact_products, make_mesh, whole_rows
 from almost_jax.errors import InputError
 from almost_jax.io.models import Model, load_model
 from almost_jax.io.progress import ShowProgress, stderr_progress
@@ -59,7 +59,7 @@ def score_command(
     loaded = dataclasses.replace(loaded, config=shape)
     size = whole_rows(place, batch_size)
     # Accelerators multiply float32 in fewer bits unless they are told not to.
-    with jax.set_mesh(place), jax.default_matmul_precision("highest" if dtype == "float32" else "default"):
+    with jax.set_mesh(place), exact_products(dtype):
         score_file(loaded, input, out, size, loaded.score_at_end if end is None else end, stderr_progress)
 
 
@@ -136,7 +136,7 @@ def _scored(model: Model, lines: list[Record], source: Path, batch_size: int, en
         return
     tokenizer = model.tokenizer
     prompts = [tokenizer.encode_prompt(line["prompt"]) for line in lines]
-    completions = [tokenizer.encode(line["completion"]) for line in lines]
+    completions = [tokenizer.encode_behind(line["completion"], plain=True) for line in lines]
     last = [tokenizer.eos_id] if end and model.kind == "reward" else []
     for line, prompt, completion in zip(lines, prompts, completions, strict=True):
         where, length = f"{source}, line {line['line']}", len(prompt) + len(completion) + len(last)

@@ -42,8 +42,9 @@ def _harmless(letter: str) -> str:
 def spoken(tokenizer: Tokenizer, ids: Iterable[int], stops: Sequence[str]) -> Iterator[str]:
     """The text of tokens in pieces, as they come; ends where one of the stops begins.
 
-    Whitespace before the first word is left out. What may become a letter (bytes of UTF-8) or a stop is held back until
-    it is known which.
+    Whitespace before the first word is left out, and before a stop. The text's beginning counts as that of a line, for
+    stops that begin with a line break. What may become a letter (bytes of UTF-8) or a stop is held back until it is
+    known which.
 
     Args:
         tokenizer: of the tokens.
@@ -51,19 +52,23 @@ def spoken(tokenizer: Tokenizer, ids: Iterable[int], stops: Sequence[str]) -> It
         stops: texts that end it and are not given.
     """
     seen: list[int] = []
-    given = 0
+    given = 1
     for token in ids:
         seen.append(token)
-        text = tokenizer.decode_exactly(seen).lstrip()
+        text = _lined(tokenizer, seen)
         found = _first(text, stops)
         if found is not None:
-            yield from _piece(text[given:found])
+            yield from _piece(text[given:found].rstrip())
             return
         certain = _certain(text, stops)
         if certain > given:
             yield text[given:certain]
             given = certain
-    yield from _piece(tokenizer.decode_exactly(seen).lstrip()[given:])
+    yield from _piece(_lined(tokenizer, seen)[given:])
+
+
+def _lined(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    return "\n" + tokenizer.decode_exactly(ids).lstrip()
 
 
 def _piece(text: str) -> Iterator[str]:
@@ -85,4 +90,4 @@ def _certain(text: str, stops: Sequence[str]) -> int:
             if text[:end].endswith(stop[:size]):
                 end -= size
                 break
-    return end
+    return len(text[:end].rstrip()) if stops else end

@@ -74,6 +74,7 @@ def rules_for(mesh: Mesh | AbstractMesh) -> Rules:
     )
 
 
+_PRECISION = "jax_default_matmul_precision"
 _lowering_for: contextvars.ContextVar[str | None] = contextvars.ContextVar("lowering_for", default=None)
 
 
@@ -90,6 +91,23 @@ def training_options() -> dict[str, str]:
     again, all of it made anew at every step (LOG.md has figures).
     """
     return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"} if platform() == "cpu" else {}
+
+
+@contextlib.contextmanager
+def exact_products(dtype: str) -> Iterator[None]:
+    """Products of float32 are computed in float32 where `dtype` is "float32", in every thread.
+
+    Accelerators round their operands to fewer bits unless they are told not to; a CPU does not.
+    """
+    if dtype != "float32" or platform() == "cpu":
+        yield
+        return
+    before = getattr(jax.config, _PRECISION)
+    jax.config.update(_PRECISION, "highest")
+    try:
+        yield
+    finally:
+        jax.config.update(_PRECISION, before)
 
 
 @contextlib.contextmanager

@@ -38,6 +38,7 @@ def answer(
     seed: int,
     folder: Path,
     show_progress: ShowProgress,
+    ends: Sequence[int] = (),
 ) -> list[Record]:
     """Answer every question, going on where an interrupted call left off.
 
@@ -49,6 +50,7 @@ def answer(
         seed: with a question's id the source of all chance.
         folder: of the answers: a file whose name tells this model, these questions and settings from others.
         show_progress: shows how many of the questions are answered.
+        ends: tokens that end a turn of `chat` beside the tokenizer's end of text.
 
     Returns:
         {"question_id", "text", "tokens", "finish": "stop" or "length"}, in order.
@@ -62,13 +64,14 @@ def answer(
     prompt = "" if few_shot is None else demonstrations_text(few_shot)
     # What the answers depend on, and not how fast they come.
     drawn = sampling.model_dump(include={"temperature", "top_p", "top_k", "max_new_tokens", "trim_unfinished"})
-    content = json.dumps([model_digest(model), asked, prompt, drawn, seed, list(questions)])
+    own = sorted({*ends} - {model.tokenizer.eos_id}) if asked == CHAT else []
+    content = json.dumps([model_digest(model), asked, prompt, drawn, seed, list(questions), *([own] if own else [])])
     path = folder / f"answers-{hashlib.sha256(content.encode()).hexdigest()[:12]}.jsonl"
     if from_primary(path.exists):
         return read_records(path)
     with RecordWriter(path, key=lambda record: json.dumps(record["question_id"])) as writer:
         keys = [json.dumps(one["question_id"]) for one in questions]
-        reply_to = _replier(model, asked, prompt, sampling, seed)
+        reply_to = _replier(model, asked, prompt, sampling, seed, own)
         with show_progress(f"answers of {model.name}", len(keys), len(writer.done)) as progress:
             for places in writer.torn_groups(keys, group_size(sampling)):
                 group = questions[places.start : places.stop]
@@ -100,7 +103,7 @@ def prompted(asked: str) -> PromptedModel | None:
 
 
 def _replier(
-    model: Model, asked: str, prompt: str, sampling: SamplingConfig, seed: int
+    model: Model, asked: str, prompt: str, sampling: SamplingConfig, seed: int, ends: Sequence[int]
 ) -> Callable[[Sequence[Record]], Iterator[Reply]]:
     """What gives the replies to a group of questions, in their order."""
     if asked != CHAT:
@@ -111,7 +114,7 @@ def _replier(
                 for one in group
             ]
         )
-    rules = sampling_rules(sampling, (model.tokenizer.eos_id,))
+    rules = sampling_rules(sampling, (model.tokenizer.eos_id, *ends))
     engine = Engine(model.params, model.config, rules, engine_settings(sampling), seed=seed, prefix_tokens=())
 
     def by_template(group: Sequence[Record]) -> Iterator[Reply]:

@@ -355,13 +355,18 @@ def _experience(config: ExperimentConfig, mesh: Mesh) -> Experience:
 def _score_reward(config: ExperimentConfig, mesh: Mesh) -> Program:
     shape = _shape(config, config.reward.model)
     params = _loaded(mesh, shape, True, config.compute_dtype)
-    rows, length = config.reward.training.batch_size, config.reward.training.max_length
+    # Comparisons are cut at the reward model's limit, dialogues of self-play are scored whole.
+    _, dialogue = _row_lengths(config, config.demonstrations.sampling.max_new_tokens, "demonstrations")
+    rows, length = config.reward.training.batch_size, max(config.reward.training.max_length, dialogue)
     arguments = (params, _rows(mesh, (rows, length), jnp.int32), _rows(mesh, (rows,), jnp.int32))
     speaks = config.demonstrations.assistant.model
     lasting = speaks == config.demonstrations.user.model
     return Program(
         "score_reward", _sequence_scores, (params, shape, *arguments[1:]), device_bytes(params), 0, 0,
-        ("reward.training.batch_size", "reward.training.max_length", "mesh.fsdp", "mesh.tensor"),
+        (
+            "reward.training.batch_size", "demonstrations.max_turns", "demonstrations.sampling.max_new_tokens",
+            "mesh.fsdp", "mesh.tensor",
+        ),
         beside=sum(_speaks(config, mesh, speaks)) + _kept(config, mesh) if lasting else 0,
     )  # fmt: skip
 

@@ -16,7 +16,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from almost_jax.config import ExperimentConfig
-from almost_jax.core.partitioning import lowering_for, make_mesh, make_sampling_mesh
+from almost_jax.core.partitioning import exact_products, lowering_for, make_mesh, make_sampling_mesh
 from almost_jax.errors import InputError
 from almost_jax.plan.flops import count_flops
 from almost_jax.plan.hlo import Traffic, collectives
@@ -55,7 +55,7 @@ def examine(config: ExperimentConfig, topology: Topology, name: str) -> dict[str
         "floor_seconds", "mesh", "warnings", "knobs"; all bytes of one chip.
     """
     mesh = topology_mesh(topology, config, name)
-    with lowering_for("tpu"):
+    with lowering_for("tpu"), exact_products(config.compute_dtype):
         try:
             program = build(config, mesh, name)
         except ValueError as error:

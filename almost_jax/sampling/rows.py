@@ -1,13 +1,13 @@
 """Completions as arrays, for programs that go on with a whole batch of them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from flax import struct
 
 from almost_jax.sampling.requests import Completion
-from almost_jax.sampling.stops import StopStrings
+from almost_jax.sampling.stops import StopStrings, without_space
 
 
 @struct.dataclass
@@ -16,7 +16,7 @@ class Samples:
 
     tokens: [B, G] int32, those of a stop included, then zeros. logprobs: [B, G] float32, at the sampling temperature
     (1 when greedy) over the whole vocabulary, then zeros. lengths: [B] int32, with what stopped the row; content: [B]
-    int32, without it. stopped: [B] bool, False where a limit ended the row.
+    int32, without it and without whitespace before it. stopped: [B] bool, False where a limit ended the row.
     """
 
     tokens: Any
@@ -26,19 +26,22 @@ class Samples:
     stopped: Any
 
 
-def stacked(completions: Sequence[Completion], width: int, stops: StopStrings | None) -> Samples:
+def stacked(
+    completions: Sequence[Completion], width: int, stops: StopStrings | None, decode: Callable[[Sequence[int]], str]
+) -> Samples:
     """Completions as rows of one array each.
 
     Args:
         completions: B of them, in the order of the rows.
         width: G, at least the longest one's tokens.
         stops: the stop strings that they were drawn with.
+        decode: the text of tokens, with the whitespace at its end.
     """
 
     def content(completion: Completion) -> int:
         if stops is not None and completion.finish == "stop_string":
             return stops.before(completion.tokens)
-        return len(completion.content)
+        return without_space(completion.content, decode)
 
     tokens = np.zeros((len(completions), width), np.int32)
     logprobs = np.zeros((len(completions), width), np.float32)

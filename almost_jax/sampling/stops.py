@@ -51,3 +51,14 @@ class StopStrings:
 
     def _in(self, text: str) -> bool:
         return any(string in text for string in self.strings)
+
+
+def without_space(tokens: Sequence[int], decode: Callable[[Sequence[int]], str]) -> int:
+    """How many tokens spell their text but for whitespace at its end."""
+    text = decode(tokens)
+    head, count = text.rstrip(), len(tokens)
+    if head == text:
+        return count
+    while count and decode(tokens[: count - 1]).startswith(head):
+        count -= 1
+    return count

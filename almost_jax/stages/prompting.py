@@ -194,20 +194,29 @@ def stop_strings(demonstrations_text: str) -> tuple[str, ...]:
 
 
 def stop_tokens(tokenizer: Tokenizer, stops: Sequence[str]) -> tuple[int, ...]:
-    """The end of text, and every stop string that is one token (without its line break)."""
-    single = [tokenizer.single_token(stop.strip()) for stop in stops]
+    """The end of text, and every stop string that is one token without its line break, where texts don't hold it whole.
+
+    Where they do a token isn't enough to go by: five dashes stop a turn at the beginning of a line alone.
+    """
+    single = [tokenizer.single_token(stop.strip()) for stop in stops if not _is_read(tokenizer, stop)]
     return tuple(sorted({tokenizer.eos_id, *(token for token in single if token is not None)}))
 
 
 def spanning_stops(tokenizer: Tokenizer, stops: Sequence[str]) -> StopStrings | None:
-    """The stop strings that take several tokens, as the engine looks for them; None when there is none.
+    """The stop strings that `stop_tokens` has no token for, as the engine looks for them; None when there is none.
 
     The text's beginning counts as the beginning of a line, as in `cut`.
     """
-    spanning = tuple(stop for stop in stops if tokenizer.single_token(stop.strip()) is None)
+    known = stop_tokens(tokenizer, stops)
+    spanning = tuple(stop for stop in stops if tokenizer.single_token(stop.strip()) not in known)
     if not spanning:
         return None
     return StopStrings(spanning, lambda tokens: "\n" + tokenizer.decode(list(tokens)))
+
+
+def _is_read(tokenizer: Tokenizer, stop: str) -> bool:
+    """Whether a stop string comes back from the tokens of a text that holds it: some tokenizers drop line breaks."""
+    return stop in tokenizer.decode_exactly(tokenizer.encode(f"a\n{stop} b"))
 
 
 def cut(text: str, stops: Sequence[str]) -> tuple[str, bool]:

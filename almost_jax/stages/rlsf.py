@@ -47,7 +47,6 @@ from almost_jax.stages.prompting import engine_settings
 from almost_jax.stages.rollout_tables import records_until, rollout_records, sample_records
 from almost_jax.stages.rollouts import Experience, Rollouts, experience, judge
 from almost_jax.stages.training import (
-    CHECKPOINTS_KEPT,
     LOGGED,
     checkpoint_folder,
     fresh_or_restored,
@@ -109,7 +108,7 @@ def run_stage(run: Run, name: str = NAME) -> dict[str, Any]:
         check_positions(actors, int(prompts.lengths.max()))
         say_of_warmup(run, name, ppo.optimizer, policy_updates(ppo))
         policy_optimizer, critic_optimizer = make_optimizers(ppo)
-        checkpoints = Checkpoints(checkpoint_folder(run, name), keep=CHECKPOINTS_KEPT)
+        checkpoints = Checkpoints(checkpoint_folder(run, name), keep=ppo.max_to_keep)
         stack.callback(checkpoints.close)
         ahead = abstract_rollouts(run, actors, prompts) if ppo.overlap_rollouts else None
         start, whole, extra = fresh_or_restored(
@@ -220,7 +219,9 @@ def draw(run: Run, state: PpoState, actors: Actors, prompts: Prompts, rows: np.n
         prefix_tokens=(),
         stops=actors.stops,
     )
-    samples = stacked(list(completions), actors.rules.max_new_tokens, actors.stops)
+    samples = stacked(
+        list(completions), actors.rules.max_new_tokens, actors.stops, actors.sft.tokenizer.decode_exactly
+    )
     return Samples(**place_batch(dataclasses.asdict(samples), run.mesh))
 
 

@@ -70,7 +70,11 @@ def test_text_comes_in_whole_letters_and_ends_before_a_stop():
     text = " é漢🙂 ok\n\nHum ok\n\nHuman: no"
     pieces = list(spoken(tokenizer, tokenizer.encode(text), ["\n\nHuman:"]))
     assert "".join(pieces) == "é漢🙂 ok\n\nHum ok"
-    assert pieces[:3] == ["é", "漢", "🙂"] and "\n\nHum " in pieces
+    assert pieces[:3] == ["é", "漢", "🙂"] and "\n\nHum" in pieces
+    # The beginning counts as that of a line, and space before a stop belongs to it.
+    for said, shown in (("\n\nHuman: no", ""), ("Human: no", ""), ("ok. \n\n\nHuman: no", "ok."), ("a Human: b", None)):
+        found = "".join(spoken(tokenizer, tokenizer.encode(said), ["\nHuman:"]))
+        assert found == (said if shown is None else shown)
     assert "".join(spoken(tokenizer, tokenizer.encode("end\n\nHu"), ["\n\nHuman:"])) == "end\n\nHu"
     # A letter that never becomes whole is shown as one that isn't.
     assert "".join(spoken(tokenizer, tokenizer.encode("a漢")[:-1], [])) == "a\ufffd"

@@ -3,16 +3,20 @@
 import dataclasses
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
+from tokenizers import Tokenizer as Backend
+from transformers import PreTrainedTokenizerFast
 
 from almost_jax.commands import generate
 from almost_jax.io.models import save_model
 from almost_jax.io.records import partial_path, read_records, write_records
+from almost_jax.io.tokenizer import Tokenizer
 
 _spec = importlib.util.spec_from_file_location("models_commands", Path(__file__).with_name("test_models_commands.py"))
 assert _spec is not None and _spec.loader is not None
@@ -109,6 +113,35 @@ def test_28_an_interrupted_file_goes_on(
 def test_a_stop_that_no_text_can_hold_is_refused(tmp_path: Path, capsys: Any, folder: Path) -> None:
     code, _, err = sample(capsys, folder, tmp_path / "out.jsonl", "--stop", "w3 <eos>")
     assert code == 2 and "--stop: holds the special token '<eos>'" in err and len(err.strip().splitlines()) == 1
+    # One that no attribute of the tokenizer names is as special.
+    model = make_model()
+    backend = json.loads(model.tokenizer.backend.backend_tokenizer.to_str())
+    backend["added_tokens"].append({**backend["added_tokens"][0], "id": 19, "content": "w19"})
+    other = Tokenizer(
+        PreTrainedTokenizerFast(tokenizer_object=Backend.from_str(json.dumps(backend)), eos_token="<eos>")
+    )
+    save_model(tmp_path / "other/model", dataclasses.replace(model, tokenizer=other))
+    shutil.copy(folder / "prompts.jsonl", tmp_path / "other")
+    code, _, err = sample(capsys, tmp_path / "other", tmp_path / "out.jsonl", "--stop", "w19")
+    assert code == 2 and "--stop: holds the special token 'w19'" in err
+
+
+def test_a_huge_limit_that_no_prompt_has_costs_nothing(
+    tmp_path: Path, capsys: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+    engine = generate.Engine
+    monkeypatch.setattr(
+        generate, "Engine", lambda params, config, rules, *rest, **more: made.append(rules.max_new_tokens)
+        or engine(params, config, rules, *rest, **more)
+    )  # fmt: skip
+    prompts = tmp_path / "prompts.jsonl"
+    write_records(prompts, [{**one, "max_new_tokens": limit} for one, limit in zip(PROMPTS, (3, 2, 5), strict=True)])
+    arguments = ("--model", folder / "model", "--prompts", prompts, "--out", tmp_path / "out.jsonl")
+    code, _, err = command(
+        capsys, "generate", *arguments, "--max-new-tokens", 10**9, "--steps-per-wake", 10**9, "--batch-size", 4
+    )
+    assert code == 0 and made == [5], err
 
 
 def test_08_stop_strings_cut_the_text(tmp_path: Path, capsys: Any, folder: Path) -> None:

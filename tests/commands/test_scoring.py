@@ -15,18 +15,23 @@ from rich.console import Console
 
 from almost_jax.commands import scoring
 from almost_jax.core.heads import sequence_scores
-from almost_jax.core.llama import LlamaConfig, Params, hidden_states, logits
+from almost_jax.core.llama import LlamaConfig, Params, hidden_states, init_params, logits
 from almost_jax.errors import InputError
 from almost_jax.io.huggingface import save_llama
 from almost_jax.io.models import Model, save_model
 from almost_jax.io.progress import console_progress, stderr_progress
 from almost_jax.io.records import read_records, write_records
+from almost_jax.io.tokenizer import load_tokenizer
 
 _spec = importlib.util.spec_from_file_location("models_commands", Path(__file__).with_name("test_models_commands.py"))
 assert _spec is not None and _spec.loader is not None
 _other = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_other)
 command, make_model = _other.command, _other.make_model
+_spec = importlib.util.spec_from_file_location("tokenizers_tests", Path(__file__).parents[1] / "io/test_tokenizer.py")
+assert _spec is not None and _spec.loader is not None
+_tokenizers = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_tokenizers)
 
 LINES = [
     {"prompt": "w3 w4", "completion": "w5", "id": 7},
@@ -53,6 +58,20 @@ def alone(model: Model, prompt: list[int], completion: list[int]) -> np.ndarray:
     padded = jnp.asarray([row + [0] * (16 - len(row))], jnp.int32)
     everything = jax.nn.log_softmax(forward(model.params, model.config, padded))
     return np.asarray([everything[0, len(prompt) - 1 + place, token] for place, token in enumerate(completion)])
+
+
+def test_a_completion_is_encoded_as_what_stands_behind_its_prompt(tmp_path: Path):
+    """Tokenizers of LLaMA 1 and 2 put a space before every text, which a completion hasn't."""
+    _tokenizers.sentencepiece_like(tmp_path / "tokenizer")
+    tokenizer = load_tokenizer(tmp_path / "tokenizer")
+    config = LlamaConfig(tokenizer.vocab_size, 16, 8, 1, 2, 1, 8)
+    model = Model(config, init_params(config, jax.random.key(0)), tokenizer, "policy", "here")
+    lines = [{"prompt": "hello\n", "completion": "world"}, {"prompt": "he", "completion": " hello</s>"}]
+    write_records(tmp_path / "in.jsonl", lines)
+    scoring.score_file(model, tmp_path / "in.jsonl", tmp_path / "out.jsonl", 2, False, stderr_progress)
+    for line, record in zip(lines, read_records(tmp_path / "out.jsonl"), strict=True):
+        whole = tokenizer.encode(line["prompt"] + line["completion"])
+        assert tokenizer.encode(line["prompt"]) + record["tokens"] == whole
 
 
 def test_04_lines_are_scored_exactly_and_in_order(tmp_path: Path, capsys, reward: Model):

@@ -1,5 +1,6 @@
 """Meshes, the table of logical axes, and: one device equals eight."""
 
+import threading
 from collections.abc import Callable
 
 import jax
@@ -15,6 +16,8 @@ from almost_jax.core.llama import LlamaConfig, Params
 from almost_jax.core.partitioning import (
     batch_sharding,
     constrain,
+    exact_products,
+    lowering_for,
     make_mesh,
     partition_spec,
     replicated,
@@ -33,6 +36,28 @@ def mesh_of(sizes: tuple[int, int, int]) -> Mesh:
 @pytest.mark.parametrize(("sizes", "rows"), [((8, 1, 1), [8, 8, 16]), ((1, 1, 8), [1, 8, 9]), ((2, 2, 2), [4, 8, 12])])
 def test_rows_are_as_many_for_every_device_that_splits_them(sizes: tuple[int, int, int], rows: list[int]) -> None:
     assert [whole_rows(mesh_of(sizes), count) for count in (1, 8, 9)] == rows
+
+
+def test_float32_is_exact_on_accelerators_in_every_thread_and_untouched_elsewhere() -> None:
+    def product(found: list[str]) -> None:
+        square = jnp.ones((2, 2), jnp.float32)
+        found.append(jax.jit(jnp.matmul).lower(square, square).as_text())
+
+    def lowered(dtype: str) -> list[str]:
+        found: list[str] = []
+        with exact_products(dtype):
+            product(found)
+            thread = threading.Thread(target=product, args=(found,))
+            thread.start()
+            thread.join()
+        return found
+
+    plain = lowered("float32")
+    assert "HIGHEST" not in plain[0] and plain[0] == plain[1]
+    with lowering_for("tpu"):
+        assert all("HIGHEST, HIGHEST" in text for text in lowered("float32"))
+        assert lowered("bfloat16") == plain
+    assert jax.config.jax_default_matmul_precision is None
 
 
 def loss_sums(config: LlamaConfig) -> Callable[[Params, Batch], losses.LossTerms]:

@@ -1,14 +1,21 @@
 """Win rates, rates at equal length, agreement of judges, and the recorded reviews of GPT-4."""
 
+import dataclasses
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from almost_jax.commands.places import one_device
+from almost_jax.config import SamplingConfig
 from almost_jax.errors import InputError
 from almost_jax.evaluation import vicuna
+from almost_jax.evaluation.answers import answer
 from almost_jax.evaluation.statistics import Bootstrap
+from almost_jax.io.models import load_model
+from almost_jax.io.progress import stderr_progress
 from almost_jax.io.records import write_records
 
 _spec = importlib.util.spec_from_file_location("harness_tasks", Path(__file__).with_name("harness_tasks.py"))
@@ -110,3 +117,24 @@ def test_kappa_by_hand() -> None:
     assert vicuna.compare_judges(same, same)["kappa"] is None
     with pytest.raises(InputError, match="share no question"):
         vicuna.compare_judges(same, [{"question_id": 1, "verdict": "win"}])
+
+
+def test_a_chat_template_ends_where_the_models_config_says_too(home: Path, tmp_path: Path) -> None:
+    model = load_model(str(home / "vanilla"), one_device(), "float32")
+    model = dataclasses.replace(
+        model, tokenizer=model.tokenizer.with_chat_template("{{ messages[0]['content'] }} Assistant:")
+    )
+    questions = [{"question_id": 1, "question": "what is red"}]
+    sampling = SamplingConfig(temperature=0.0, max_new_tokens=6, batch_size=2)
+
+    def said(asked: str, ends: Sequence[int]) -> tuple[int, str]:
+        (found,) = answer(model, questions, asked, sampling, 3, tmp_path / asked, stderr_progress, ends)
+        return found["tokens"], found["finish"]
+
+    assert said("chat", ()) == (6, "length") == said("chat", [model.tokenizer.eos_id])
+    # Every word ends the turn, and the answers of before are others'.
+    assert said("chat", range(4, model.config.vocab_size)) == (0, "stop")
+    assert len(list((tmp_path / "chat").glob("answers-*.jsonl"))) == 2
+    # Without a template turns end as they do in the dialogues that were learned from.
+    assert said("plain", range(4, model.config.vocab_size)) == said("plain", ())
+    assert len(list((tmp_path / "plain").glob("answers-*.jsonl"))) == 1

@@ -101,13 +101,24 @@ def test_a_fine_tuned_model_ends_at_the_end_of_text_alone():
 
 
 def test_a_label_that_is_one_token_stops_the_sampler():
-    pieces = ["Human:", "Assistant:", "\n\n", " ok", " ", "q"]
+    # And whose line breaks are lost.
+    pieces = ["Human:", "Assistant:", " ok", " ", "q"]
     tokenizer = make_tokenizer(pieces)
     human, assistant = tokenizer.single_token("Human:"), tokenizer.single_token("Assistant:")
     assert human is not None and assistant is not None
     assert stop_tokens(tokenizer, stop_strings(DEMONSTRATIONS)) == tuple(sorted((tokenizer.eos_id, human, assistant)))
     model = scripted(tokenizer, {"Assistant:": " ok", " ok": "Human:", "Human:": "q", "q": "q"})
     assert answer(model, DEMONSTRATIONS) == Reply("one", "ok", tokens=1, finish="stop")
+
+
+def test_08_dashes_end_a_turn_at_the_beginning_of_a_line_alone():
+    """Five dashes are one token of most vocabularies, and so are ten; a table's row holds them within a line."""
+    tokenizer = make_tokenizer([*PIECES[:4], "\n", *PIECES[4:], "----------", "-----", "|", "+"])
+    assert tokenizer.single_token("-----") is not None
+    demonstrations = f"{DEMONSTRATIONS}-----\n\n"
+    assert stop_tokens(tokenizer, stop_strings(demonstrations)) == (tokenizer.eos_id,)
+    script = {":": "|", "|": "-----", "-----": "+", "+": "\n", "\n": "----------", "----------": "q", "q": "q"}
+    assert answer(scripted(tokenizer, script), demonstrations) == Reply("one", "|-----+", tokens=3, finish="stop")
 
 
 def test_a_turn_that_is_only_a_label_is_empty():

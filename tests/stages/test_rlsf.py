@@ -81,7 +81,7 @@ def real_rollouts(temperature: float, parts: int = 2) -> tuple[dict[str, Any], S
         Request(str(row), tuple(prompts[row, : int(length)].tolist())) for row, length in enumerate(lengths)
     ]
     drawn = generate(policy, CONFIG, requests, rules, Settings(8, 4, True, 256), seed=3, prefix_tokens=())
-    samples = jax.tree.map(jnp.asarray, stacked(list(drawn), 13, None))
+    samples = jax.tree.map(jnp.asarray, stacked(list(drawn), 13, None, str))
     players = dataclasses.replace(PLAYERS, temperature=temperature)
     judged = rollouts.judge(policy, policy, scored(5), scored(7), prompts, lengths, samples, players, parts)
     return policy, samples, judged, players
@@ -227,8 +227,9 @@ ADAPTIVE = {"kl_controller": "adaptive", "kl_target": 0.05, "kl_horizon": 40, "k
 
 
 def test_what_was_lost_beside_a_checkpoint_is_named(make_ppo: Callable[..., Run], tmp_path: Path) -> None:
-    short = {"steps": 2, "sample_every": 1, "checkpoint_every": 1}
+    short = {"steps": 2, "sample_every": 1, "checkpoint_every": 1, "max_to_keep": 1}
     assert rlsf.run_stage(make_ppo(tmp_path, **short))["kl_coef"] > 0
+    assert [path.name for path in (tmp_path / "rlsf" / "checkpoints").iterdir()] == ["2"]
     for lost in ("policies/1", "model"):
         shutil.rmtree(tmp_path / "rlsf" / lost)
     for lost in ("samples.jsonl", "metrics.jsonl"):
