@@ -11,7 +11,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
@@ -24,6 +24,8 @@ Entry: TypeAlias = dict[str, Any]
 Status: TypeAlias = dict[str, Entry]
 
 VERSIONS_OF = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "numpy")
+# How often a lock is tried for, and the seconds in between.
+_LOOKS, _BETWEEN_LOOKS = 4, 0.05
 NEEDED = {"state", "fingerprint", "values", "upstream", "outputs", "seconds"}
 
 
@@ -94,7 +96,14 @@ def _lock(directory: Path) -> IO[str]:
     except OSError as error:
         raise InputError(f"{directory}: can't be used as a run's folder ({error.strerror})") from error
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for _ in range(_LOOKS):
+            # Who only looks whether it is locked holds it for a moment too.
+            with suppress(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            time.sleep(_BETWEEN_LOOKS)
+        else:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         file.seek(0)
         holder = file.read().strip() or "another process"
@@ -111,18 +120,20 @@ def _lock(directory: Path) -> IO[str]:
 
 def owned(name: str, outputs: Sequence[str]) -> list[str]:
     """All paths that a stage may write, unfinished files and TensorBoard's included."""
-    return [*outputs, *(f"{output}.partial" for output in outputs), f"tensorboard/{name}"]
+    events = dict.fromkeys(f"tensorboard/{one}" for one in (name, *outputs))
+    return [*outputs, *(f"{output}.partial" for output in outputs), *events]
 
 
 def set_aside(directory: Path, name: str, paths: Sequence[str], entry: Entry | None) -> None:
     """Move a stage's own outputs, and no others, to stale/, with what status.json says of them."""
     shelf = _shelf(directory, name, entry["fingerprint"] if entry else f"{time.time_ns():x}")
     shelf.mkdir(parents=True, exist_ok=True)
+    # The entry first: with it, outputs of which some were moved before a kill or on a full disk are brought back.
+    if entry is not None:
+        write_bytes(shelf / "entry.json", json.dumps(entry).encode())
     for path in paths:
         if (directory / path).exists():
             _move(directory / path, shelf / path)
-    if entry is not None:
-        write_bytes(shelf / "entry.json", json.dumps(entry).encode())
 
 
 def set_aside_entry(directory: Path, name: str, fingerprint: str) -> Entry | None:
@@ -131,13 +142,14 @@ def set_aside_entry(directory: Path, name: str, fingerprint: str) -> Entry | Non
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
-def bring_back(directory: Path, name: str, paths: Sequence[str], fingerprint: str) -> None:
-    """Move a stage's outputs from stale/ back to their places."""
+def bring_back(directory: Path, name: str, paths: Sequence[str], fingerprint: str) -> bool:
+    """Move a stage's outputs from stale/ back to their places; whether there were any."""
     shelf = _shelf(directory, name, fingerprint)
-    for path in paths:
-        if (shelf / path).exists():
-            _move(shelf / path, directory / path)
+    there = [path for path in paths if (shelf / path).exists()]
+    for path in there:
+        _move(shelf / path, directory / path)
     shutil.rmtree(shelf)
+    return bool(there)
 
 
 def _shelf(directory: Path, name: str, fingerprint: str) -> Path:

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from almost_jax.config import EvaluationConfig, ExperimentConfig
-from almost_jax.core.partitioning import make_mesh
+from almost_jax.core.partitioning import exact_products, make_mesh
 from almost_jax.errors import InputError
 from almost_jax.evaluation import audit, benchmark_stage, reward_ablation
 from almost_jax.evaluation.held_out import run_stage as draw_held_out_queries
@@ -249,7 +249,8 @@ def run_experiment(
         write_bytes(directory / "config.yaml", dump_experiment(config).encode())
         for number, stage in enumerate(STAGES[:last], start=1):
             plan = from_primary(partial(plan_stage, stage, prints[stage.name], directory, pipeline.status))
-            pipeline.bring_up_to_date(plan, f"[{number}/{len(STAGES)}] {stage.name}")
+            with exact_products(config.compute_dtype):
+                pipeline.bring_up_to_date(plan, f"[{number}/{len(STAGES)}] {stage.name}")
         return pipeline.status
 
 
@@ -283,10 +284,15 @@ class _Pipeline:
             # The entry first: a kill in between leaves outputs that are known to be missing, not unknown ones.
             self.status[stage.name] = kept
             self.write()
-            from_primary(lambda: bring_back(self.directory, stage.name, owned(stage.name, stage.outputs), digest))
-            self.say(f"{stage.name}: ran with these settings before; its outputs are back from stale/")
-            if kept["state"] == "done":
+            paths = owned(stage.name, stage.outputs)
+            if from_primary(lambda: bring_back(self.directory, stage.name, paths, digest)):
+                self.say(f"{stage.name}: ran with these settings before; its outputs are back from stale/")
+            # Not all of them need have been there.
+            action, why = from_primary(lambda: _compare(stage, plan.fingerprint, self.directory, self.status))
+            if action == "skip":
                 return
+            if kept["state"] == "done":
+                self.say(f"{title}: {action}: {why}")
         self.run(plan)
 
     def run(self, plan: Plan) -> None:

@@ -2,13 +2,17 @@
 
 import ast
 import dataclasses
+import errno
+import fcntl
 import inspect
 import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,13 +20,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from almost_jax import inputs, pipeline
+from almost_jax import folder, inputs, pipeline
 from almost_jax.commands.runs import _out_of_date
 from almost_jax.config import ExperimentConfig, Section
 from almost_jax.errors import InputError, TrainingDiverged
 from almost_jax.evaluation.judge import REPLIES
 from almost_jax.experiments import load_experiment
-from almost_jax.folder import locked, read_status
+from almost_jax.folder import is_locked, locked, read_status
 from almost_jax.io.run import Run
 from almost_jax.pipeline import STAGES, Stage, make_plan, run_experiment
 from almost_jax.report.page import _NOTED
@@ -361,6 +365,60 @@ def test_a_changed_key_makes_its_stage_and_what_follows_stale_and_says_why(bench
     assert [path.read_bytes() for path in kept] == [before["rlsf/model/weights"]]
 
 
+def test_what_is_gone_from_stale_is_made_again(bench: Bench) -> None:
+    bench()
+    bench(["ppo.kl_coef=0.1"])
+    (model,) = (bench.directory / "stale").glob("rlsf-*/rlsf")
+    shutil.rmtree(model)
+    assert bench()[0] == "rlsf"
+    assert "back from stale/" in bench.lines and "rlsf: resume: rlsf is missing" in bench.lines
+    assert b"0.05" in bench.files()["rlsf/model/weights"]
+
+
+@pytest.mark.parametrize("moved", [0, 1, 2, 3])
+def test_28_outputs_that_were_set_aside_by_half_come_back(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, moved: int
+) -> None:
+    """A kill while they are moved, and then the old settings after all."""
+    bench()
+    before, move, moves = bench.files(), folder._move, []
+
+    def killed(source: Path, target: Path) -> None:
+        if len(moves) == moved:
+            raise KeyboardInterrupt
+        moves.append(source)
+        move(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(folder, "_move", killed)
+        bench(["ppo.kl_coef=0.1"])
+    assert bench() == [] and bench.files() == before
+
+
+def test_a_full_disk_leaves_what_was_to_be_set_aside(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench()
+    before, write = bench.files(), folder.write_bytes
+
+    def full(path: Path, data: bytes) -> None:
+        if path.name == "entry.json":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, data)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(folder, "write_bytes", full)
+        bench(["ppo.kl_coef=0.1"])
+    assert bench() == [] and bench.files() == before
+
+
+def test_events_of_every_model_of_a_stage_go_with_it(bench: Bench) -> None:
+    bench()
+    for name in ("sft", "sft_self_play"):
+        (bench.directory / "tensorboard" / name).mkdir(parents=True)
+    bench(["sft.z_loss=0.1"], until="sft")
+    assert not list((bench.directory / "tensorboard").iterdir())
+    assert len(list((bench.directory / "stale").glob("sft-*/tensorboard/*"))) == 2
+
+
 def test_old_settings_bring_old_outputs_back(bench: Bench) -> None:
     bench()
     before = bench.files()
@@ -443,6 +501,8 @@ def test_filters_run_again_without_new_responses(bench: Bench) -> None:
         "reward.packed_length=512",
         "sft.packed_length=512",
         "sft.training.checkpoint_every=3",
+        "sft.training.steps_per_call=2",
+        "ppo.max_to_keep=3",
         "ppo.log_every=3",
         "mesh.data=8",
         "queries.self_instruct.in_context=3",
@@ -574,6 +634,17 @@ def test_two_processes_cannot_share_a_folder(bench: Bench) -> None:
     finally:
         holder.communicate("")
     assert bench() == NAMES
+
+
+def test_who_only_looks_whether_a_folder_is_locked_keeps_nobody_out(tmp_path: Path) -> None:
+    with locked(tmp_path):
+        pass
+    with (tmp_path / ".lock").open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        threading.Timer(0.05, fcntl.flock, (file, fcntl.LOCK_UN)).start()
+        with locked(tmp_path):
+            assert is_locked(tmp_path)
+    assert not is_locked(tmp_path)
 
 
 def test_the_lock_ends_with_an_error(tmp_path: Path) -> None:

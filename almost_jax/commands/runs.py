@@ -14,6 +14,7 @@ from almost_jax.errors import InputError, TrainingDiverged, complain
 from almost_jax.experiments import load_experiment, load_sweep
 from almost_jax.folder import is_locked, read_status
 from almost_jax.io.distributed import from_primary, initialize, is_primary
+from almost_jax.io.preemption import stops_on_sigterm
 from almost_jax.pipeline import make_plan, run_experiment
 from almost_jax.report import page, sweep
 
@@ -57,18 +58,19 @@ def sweep_command(
     console = _console()
     keep_compiled_programs()
     finished: list[tuple[str, Path]] = []
-    for number, (name, config) in enumerate(found.points, start=1):
-        _show(console, f"\npoint {number}/{len(found.points)}: {name}")
-        try:
-            run_experiment(config, directory / name, None, tensorboard, console)
-        except TrainingDiverged as error:
-            # The other points say whether this is the setting's fault.
-            complain(f"point {name}: {error}")
-            continue
-        finished.append((name, directory / name))
-    if not finished:
-        raise TrainingDiverged(f"{directory}: every point diverged")
-    table = from_primary(lambda: sweep.write_sweep(directory, finished))
+    with stops_on_sigterm():
+        for number, (name, config) in enumerate(found.points, start=1):
+            _show(console, f"\npoint {number}/{len(found.points)}: {name}")
+            try:
+                run_experiment(config, directory / name, None, tensorboard, console)
+            except TrainingDiverged as error:
+                # The other points say whether this is the setting's fault.
+                complain(f"point {name}: {error}")
+                continue
+            finished.append((name, directory / name))
+        if not finished:
+            raise TrainingDiverged(f"{directory}: every point diverged")
+        table = from_primary(lambda: sweep.write_sweep(directory, finished))
     _show(console, f"\n{table}")
     if len(finished) < len(found.points):
         raise typer.Exit(1)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from almost_jax.evaluation import hhh, truthfulqa
-from almost_jax.io.distributed import from_primary
+from almost_jax.io.distributed import from_primary, wait_for_all
 from almost_jax.io.models import Model, model_digest
 from almost_jax.io.progress import ShowProgress
 from almost_jax.io.records import Record, RecordWriter, partial_path, write_bytes
@@ -89,5 +89,6 @@ def evaluate(
         "items": items,
     }
     write_bytes(out, (json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    wait_for_all()
     from_primary(partial_path(kept).unlink)
     return result

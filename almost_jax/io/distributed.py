@@ -146,7 +146,8 @@ def from_primary(read: Callable[[], T]) -> T:
         read: gives something that can be pickled.
 
     Raises:
-        InputError, TrainingDiverged, SystemExit: what `read` raised, on every process.
+        InputError, TrainingDiverged, OSError, SystemExit: what `read` raised, on every process (of the system's errors
+            the number, the text and the file).
         RuntimeError: on the others, when it raised anything else, which process 0 raises.
     """
     if not together():
@@ -160,7 +161,10 @@ def from_primary(read: Callable[[], T]) -> T:
         except BaseException as raised:
             error = raised
     told = error
-    if error is not None and not isinstance(error, (InputError, TrainingDiverged, SystemExit)):
+    if isinstance(error, OSError) and error.errno is not None:
+        # Not as it is: those of libraries needn't go through pickle.
+        told = OSError(error.errno, error.strerror, error.filename)
+    elif error is not None and not isinstance(error, (InputError, TrainingDiverged, SystemExit)):
         told = RuntimeError(f"process 0: {type(error).__name__}: {error}")
     # Process 0 may take long, and collectives on a CPU wait half an hour at most; a barrier has its own limit.
     wait_for_all()

@@ -12,7 +12,9 @@ from almost_jax.io.distributed import from_primary, is_primary, wait_for_all
 # What files take beside their content: blocks that are not full, indices, metadata.
 SPARE_BYTES = 2**20
 # How libraries that wrap the system's error in their own say it.
-_FULL = ("No space left on device", "os error 28", "RESOURCE_EXHAUSTED")
+_FULL = ("No space left on device", "os error 28")
+# So they say it too, and that memory is used up.
+_USED_UP, _OF_MEMORY = "RESOURCE_EXHAUSTED", ("out of memory", "allocat")
 
 
 @contextmanager
@@ -90,7 +92,9 @@ def refusal(error: BaseException) -> str | None:
     """Why a disk refused, in few words; None when the error is of another kind."""
     if isinstance(error, InputError) or not isinstance(error, Exception):
         return None
-    if any(sign in str(error) for sign in _FULL):
+    said = str(error)
+    used_up = _USED_UP in said and not any(sign in said.lower() for sign in _OF_MEMORY)
+    if used_up or any(sign in said for sign in _FULL):
         return "No space left on device"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return "No space left on device"

@@ -28,6 +28,8 @@ _NO_PLACE = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT),
     *(errno.ENAMETOOLONG, errno.ELOOP),
 )
+# By so many bytes the names are longer by which a file is written: ".", ".partial", a digest, ".tmp".
+_LONGER_NAMES = 28
 
 
 def dump_record(record: Record) -> bytes:
@@ -136,6 +138,13 @@ def write_bytes(path: Path, data: bytes) -> None:
             raise
 
 
+def _longest_name(folder: Path) -> int:
+    """The bytes that a file's name may have there."""
+    with contextlib.suppress(OSError):
+        return os.pathconf(folder, "PC_NAME_MAX")
+    return 255
+
+
 def check_writable(path: Path) -> None:
     """See that a file can be written at `path`, before anything is computed for it; nothing is left there.
 
@@ -149,6 +158,9 @@ def check_writable(path: Path) -> None:
     def look() -> None:
         _check_name(path)
         folder = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+        over = len(os.fsencode(path.name)) + _LONGER_NAMES - _longest_name(folder)
+        if over > 0:
+            raise InputError(f"{path}: can't be written, as its name is too long by {over} bytes")
         with _place_refused(path):
             # Permissions alone don't tell: disks may be mounted to be read only.
             with tempfile.TemporaryFile(dir=folder):
@@ -241,9 +253,14 @@ class RecordWriter:
     def written(self) -> Iterator[Record]:
         """What is written so far, one by one in order, read back from the file."""
         path = self.path if self._file is None else partial_path(self.path)
-        # Process 0 may lag behind, and while others read it may write on.
-        wait_for_all()
-        return itertools.islice(iter_records(path), len(self.done))
+        # Process 0 may lag behind, and while others read it may write on. They see what is on the disk.
+        from_primary(self._sync)
+        return _so_many(iter_records(path), len(self.done), path)
+
+    def _sync(self) -> None:
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def __enter__(self) -> "RecordWriter":
         """Open the partial file and read what is in it.
@@ -345,9 +362,10 @@ class RecordWriter:
             RuntimeError: the writer isn't open.
         """
         file = self._opened()
-        file.flush()
+        # Others may still read what they were given by its unfinished name.
+        wait_for_all()
         if is_primary():
-            os.fsync(file.fileno())
+            self._sync()
             os.replace(partial_path(self.path), self.path)
         file.close()
         self._file = None
@@ -365,6 +383,16 @@ class RecordWriter:
         if self._file is None:
             raise RuntimeError(f"{self.path}: the writer isn't open; use it as a context manager, and finish once")
         return self._file
+
+
+def _so_many(records: Iterator[Record], count: int, path: Path) -> Iterator[Record]:
+    """The first `count` records of a file that was just written, on whichever machine."""
+    found = 0
+    for record in itertools.islice(records, count):
+        found += 1
+        yield record
+    if found < count:
+        raise InputError(f"{path}: {found} of {count} records are seen here; processes must share one file system")
 
 
 def _whole_lines(partial: Path) -> Iterator[tuple[Record, int]]:

@@ -150,6 +150,17 @@ def test_a_full_disk_is_no_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyP
             use(tmp_path / "out.jsonl")
 
 
+def test_a_name_that_leaves_no_room_for_the_temporary_ones_is_refused_at_once(tmp_path: Path):
+    longest = "x" * (os.pathconf(tmp_path, "PC_NAME_MAX") - len("..123456789012.partial.tmp") - 2)
+    check_writable(tmp_path / longest)
+    with RecordWriter(tmp_path / longest, key) as writer:
+        write_records(partial_path(tmp_path / longest), [])
+        writer.finish()
+    with pytest.raises(InputError, match="its name is too long by 2 bytes"):
+        check_writable(tmp_path / "new folder" / f"{longest}xx")
+    assert not (tmp_path / "new folder").exists()
+
+
 def test_a_place_that_can_be_written_is_left_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     check_writable(tmp_path / "a" / "b" / "out.jsonl")
     (tmp_path / "old.jsonl").write_text("old")
@@ -235,6 +246,16 @@ def test_a_partial_file_of_another_kind_is_refused(tmp_path: Path):
     partial_path(path).write_bytes(b'{"name": "a"}\n')
     with pytest.raises(InputError, match="no field 'id'"), RecordWriter(path, key):
         pass
+
+
+def test_records_that_another_machine_does_not_see_yet_are_an_error(tmp_path: Path):
+    with RecordWriter(tmp_path / "a.jsonl", key=lambda record: record["id"]) as writer:
+        writer.write({"id": "one"})
+        assert writer.records == [{"id": "one"}]
+        # As process 0 says.
+        writer.done.add("two")
+        with pytest.raises(InputError, match=r"a.jsonl.partial: 1 of 2 records are seen here"):
+            list(writer.written())
 
 
 def test_two_writers_of_one_file_are_refused(tmp_path: Path):
