@@ -252,6 +252,14 @@ def test_what_lies_beside_ppos_programs_is_counted(experiments_folder: Path) -> 
     assert beside("decode_large", "demonstrations.reuse_cache=false") == 4 * (parameters + head)
     assert kept == 4 * build_one("decode_large").cache > 0
     assert beside("score_reward", keeps) == build_one("decode_large").parameters + kept + kept // 4
+    # A dialogue of self-play is scored whole: every turn of it.
+    for turns, length in ((1, 64), (3, 40 + 3 * 30 + 2 * 20)):
+        scoring = build_one(
+            "score_reward", "reward.training.max_length=64", "ppo.max_prompt_length=40",
+            f"demonstrations.max_turns={turns}",
+            "demonstrations.sampling.max_new_tokens=30", "demonstrations.user_sampling.max_new_tokens=20",
+        )  # fmt: skip
+        assert scoring.arguments[2].shape[1] == max(length, 40 + 30)
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ Source: ALMoST (arXiv 2305.13735), section 2.2: 20k pairs of a question-and-answ
 preferred.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,12 @@ def run_stage(run: Run) -> dict[str, Any]:
         pairs = load_votes(local_path(config.votes))[: config.pairs]
         if not pairs:
             raise InputError(f"as_is_reward.votes: {config.votes} holds no pair; it needs `chosen` and `rejected`")
+    alike = sum(pair.chosen == pair.rejected for pair in pairs)
+    if alike == len(pairs):
+        raise InputError(f"as_is_reward.votes: both texts are the same in each of {alike} pairs of {config.votes}")
+    if alike:
+        run.say(f"as_is_reward: {alike} of {len(pairs)} pairs are left out, whose texts are the same")
+        pairs = [pair for pair in pairs if pair.chosen != pair.rejected]
     return train_reward_model(
         run,
         "as_is_reward",
@@ -59,9 +66,10 @@ def load_votes(path: Path) -> list[Pair]:
 
 
 def vote_pair(record: dict[str, Any], where: str) -> Pair:
-    """One vote as a pair; without a prompt its texts are whole dialogues, grouped by what they begin with alike.
+    """One vote as a pair; without a prompt its texts are whole dialogues, grouped by what these begin with.
 
-    A prompt that is null is none.
+    That is the first turn, since a dialogue may stand in several pairs, at several depths; where no label ends it, the
+    first line if both texts have it. A prompt that is null is none.
 
     Raises:
         InputError: a text is missing, or something else than a text.
@@ -72,18 +80,11 @@ def vote_pair(record: dict[str, Any], where: str) -> Pair:
             raise InputError(f"{where}: `{field}` must be a text that is not empty, not {record.get(field)!r}")
     chosen, rejected = record["chosen"].strip(), record["rejected"].strip()
     if prompted:
-        return make_pair(record["prompt"], record["prompt"], chosen, rejected)
-    shared = _common_turns(chosen, rejected)
-    return Pair(chosen[:shared] or chosen, chosen, rejected, len(chosen) - shared, len(rejected) - shared)
-
-
-def _common_turns(chosen: str, rejected: str) -> int:
-    """How many characters the two dialogues share, up to the last turn label within them."""
-    shared = 0
-    for left, right in zip(chosen, rejected, strict=False):
-        if left != right:
-            break
-        shared += 1
+        prompt = record["prompt"].strip()
+        return make_pair(prompt, prompt, chosen, rejected)
+    common = os.path.commonprefix([chosen, rejected])
     label = "Assistant:"
-    found = chosen[:shared].rfind(label)
-    return found + len(label) if found >= 0 else 0
+    opening = [common.split(mark)[0].strip() for mark in (label, "\n") if mark in common]
+    shared = common.rindex(label) + len(label) if label in common else 0
+    group = next(filter(None, opening), chosen)
+    return Pair(group, chosen, rejected, len(chosen) - shared, len(rejected) - shared)

@@ -333,7 +333,8 @@ def train_reward_model(
         found = _held_out_figures(test, chosen - rejected, float(np.std([*chosen, *rejected])) or 1.0)
         if found.get("length_only") and not warned:
             warned = True
-            run.say(f"{name}: warning: {length_warning(found)}")
+            key = f"{section if isinstance(held_out, int) else seeds}.held_out"
+            run.say(f"{name}: warning: {length_warning(found, key)}")
         return logged_figures(found)
 
     loss_sums = functools.partial(pair_loss_sums, config=shape, margin=margin, centering=centering)
@@ -412,18 +413,25 @@ def _tokenized(
     return fitting, rows, longest
 
 
-def length_warning(figures: Mapping[str, Any]) -> str:
-    """What to say of a reward model that seems to have learned length alone, given its `pair_figures`."""
+def length_warning(figures: Mapping[str, Any], key: str) -> str:
+    """What to say of a reward model that seems to have learned length alone.
+
+    Args:
+        figures: its `pair_figures`.
+        key: the config's that says how many pairs are held out.
+    """
     bounds = figures["length_matched_ci95"]
     matched = "no pair can be matched by length"
     if bounds is not None:
         matched = (
             f"with length taken out it is right in {figures['length_matched_accuracy']:.3f} of the pairs "
-            f"(95% interval {bounds[0]:.3f} to {bounds[1]:.3f}), which may be chance"
+            f"(95% interval {bounds[0]:.3f} to {bounds[1]:.3f}), "
+            f"which {'is worse than' if bounds[1] < 0.5 else 'may be'} chance"
         )
+    lengths = "lengths of the votes' texts" if key.startswith("as_is") else "length rule of the filters"
     return (
         f"scores follow length (rank correlation {figures['length_correlation']:.2f}) and nothing else is shown: "
-        f"{matched}; look at the length rule of the filters, or at reward.held_out for more pairs to judge by"
+        f"{matched}; look at the {lengths}, or at {key} for more pairs to judge by"
     )
 
 

@@ -18,11 +18,11 @@ import numpy as np
 
 from almost_jax.core.llama import LlamaConfig, Params, hidden_states
 from almost_jax.core.losses import LossTerms, masked_sum, shifted, target_sums
-from almost_jax.core.partitioning import platform, row_parts
+from almost_jax.core.partitioning import platform, row_parts, whole_rows
 from almost_jax.core.train import Batch
 from almost_jax.core.vocabulary import hidden_figures
 from almost_jax.errors import InputError
-from almost_jax.io.batches import batch_indices, enough_rows, epoch_order, first_fit, pad, row_counts
+from almost_jax.io.batches import batch_indices, enough_rows, first_fit, pad, row_counts
 from almost_jax.io.models import save_model
 from almost_jax.io.records import read_records
 from almost_jax.io.run import Run
@@ -30,6 +30,7 @@ from almost_jax.sampling.layout import decode_layout
 from almost_jax.stages.demonstrations import demonstration_turns, is_answered
 from almost_jax.stages.dialogues import training_tokens
 from almost_jax.stages.execution import judging_shape, training_shape
+from almost_jax.stages.reward import place_of_group
 from almost_jax.stages.training import count_steps, fit, fixed_length, place_batch, row_limit
 
 # Token ids, and for each of them whether it is a target.
@@ -53,28 +54,30 @@ def fine_tune(run: Run, name: str, file: str) -> dict[str, Any]:
     config = run.config.sft
     training = config.training
     source = run.model_to_train(config.model)
-    demonstrations = [record for record in read_records(run.path(file)) if is_answered(record)]
+    records = read_records(run.path(file))
+    demonstrations = [record for record in records if is_answered(record)]
+    if not demonstrations:
+        raise InputError(f"{run.path(file)}: none of {len(records)} dialogues ends with an answer to learn from")
     examples = [training_tokens(source.tokenizer, demonstration_turns(record)) for record in demonstrations]
     limit = row_limit(training, source.config)
-    fitting = [example for example in examples if len(example[0]) <= limit]
-    if not fitting:
+    fits = [place for place, (tokens, _) in enumerate(examples) if len(tokens) <= limit]
+    if not fits:
         raise InputError(
             f"sft.training.max_length: none of {len(examples)} demonstrations fits into {limit} tokens"
         )
-    too_long, whole = len(examples) - len(fitting), fitting
-    if config.held_out:
-        if config.held_out >= len(whole):
-            raise InputError(
-                f"sft.held_out: {config.held_out} leaves none of {len(whole)} demonstrations; hold out fewer"
-            )
-        order = epoch_order(run.seed("sft/held_out"), 0, len(whole))
-        fitting = [whole[index] for index in sorted(order[config.held_out :])]
-        test = [whole[index] for index in sorted(order[: config.held_out])]
-        run.say(f"{name}: {len(fitting)} demonstrations to train on, {len(test)} held out, {too_long} too long")
-    else:
-        test = []
-        run.say(f"{name}: {len(fitting)} demonstrations, {too_long} too long")
-    # Both models see the same order, so that they differ by their demonstrations alone.
+    if config.held_out >= len(fits):
+        raise InputError(f"sft.held_out: {config.held_out} leaves none of {len(fits)} demonstrations; hold out fewer")
+    # By their queries, so that both models are judged by demonstrations of the same ones, where both have them.
+    hidden = run.seed("sft/held_out")
+    order = sorted(fits, key=lambda place: place_of_group(demonstrations[place]["query_id"], hidden))
+    kept_out = frozenset(order[: config.held_out])
+    whole = [examples[place] for place in fits]
+    fitting = [examples[place] for place in fits if place not in kept_out]
+    test = [examples[place] for place in fits if place in kept_out]
+    too_long = len(examples) - len(fits)
+    held_out = f" to train on, {len(test)} held out" if test else ""
+    run.say(f"{name}: {len(fitting)} demonstrations{held_out}, {too_long} too long")
+    # The seed is not the stage's: of as many demonstrations both models see theirs in the same order.
     seed = run.seed("sft/batches")
     total_steps = count_steps(training, len(fitting))
     lengths = [len(tokens) for tokens, _ in fitting]
@@ -111,10 +114,12 @@ def fine_tune(run: Run, name: str, file: str) -> dict[str, Any]:
 
     def evaluate(params: Params) -> dict[str, float]:
         found: dict[str, float] = {}
-        for first in range(0, len(test), training.batch_size):
-            part = test[first : first + training.batch_size]
+        # Packed, a step needn't have a number of demonstrations that the mesh can split.
+        size = whole_rows(run.mesh, training.batch_size)
+        for first in range(0, len(test), size):
+            part = test[first : first + size]
             # Rows without a target fill the last batch up.
-            rows = [*part, *[([source.tokenizer.pad_id], [False])] * (training.batch_size - len(part))]
+            rows = [*part, *[([source.tokenizer.pad_id], [False])] * (size - len(part))]
             batch = place_batch(example_batch(rows, length, source.tokenizer.pad_id), run.mesh)
             total, (number, metrics) = _held_out_sums(params, batch, config=judging, z_loss=0.0)
             for key, value in {"loss": total, "targets": number, **{k: pair[0] for k, pair in metrics.items()}}.items():

@@ -10,12 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from almost_jax.commands import doctor, invariants
 from almost_jax.commands.places import one_device
 from almost_jax.errors import InputError
 from almost_jax.io.models import Model, load_model, save_model
 from almost_jax.io.tokenizer import Tokenizer
+from almost_jax.sampling.stops import StopStrings
 
 _spec = importlib.util.spec_from_file_location("models_commands", Path(__file__).with_name("test_models_commands.py"))
 assert _spec is not None and _spec.loader is not None
@@ -27,6 +31,16 @@ command = _other.command
 @pytest.fixture(scope="module")
 def small() -> Model:
     return load_model("microworld:small", one_device(), "float32")
+
+
+@pytest.fixture(scope="module")
+def letters() -> Tokenizer:
+    """One token per byte, and an end of text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Backend(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>"))
 
 
 def test_all_is_well_on_the_shipped_model(capsys: pytest.CaptureFixture[str]) -> None:
@@ -95,10 +109,13 @@ class Broken(Tokenizer):
     def __init__(self, base: Tokenizer, how: str) -> None:
         self._base, self._how = base, how
         self.eos_id, self.pad_id, self.bos_id, self.unk_id = base.eos_id, base.pad_id, base.bos_id, None
+        self.vocab_size = base.vocab_size
 
     def encode(self, text: str) -> list[int]:
         if self._how == "letters":
             return [3 + ord(letter) for letter in text]
+        if self._how == "no numbers":
+            return self._base.encode("".join(letter for letter in text if not letter.isdigit()))
         return self._base.encode(text)
 
     def single_token(self, text: str) -> int | None:
@@ -108,14 +125,33 @@ class Broken(Tokenizer):
         if self._how == "letters":
             return "".join(chr(token - 3) for token in ids).replace("\n", "")
         text = self._base.decode_exactly(ids)
-        # What comes last decides how the first word is written.
-        return text.upper() if len(ids) % 2 else text
+        # What comes last decides how all of it is written.
+        return text.upper() if self._how == "moody" and len(ids) % 2 else text
 
 
-def test_a_tokenizer_whose_text_does_not_grow_is_told_how_to(small: Model) -> None:
-    found = invariants.check_tokenizer(Broken(small.tokenizer, "moody"))
+def test_a_tokenizer_whose_text_does_not_grow_is_told_how_to(small: Model, letters: Tokenizer) -> None:
+    found = invariants.check_tokenizer(Broken(letters, "moody"))
     assert found.outcome == "FAIL" and "which is not how the text begins" in found.seen and "decoder" in found.fix
-    assert invariants.check_tokenizer(small.tokenizer).outcome == "pass"
+    # Its vocabulary has none of the texts whole, so some of its own words are spelled.
+    found = invariants.check_tokenizer(small.tokenizer)
+    assert found.outcome == "pass" and "words of its own" in found.seen
+
+
+def test_a_tokenizer_that_loses_letters_is_told_which(small: Model, letters: Tokenizer) -> None:
+    found = invariants.check_tokenizer(letters)
+    assert found.outcome == "pass" and found.seen.startswith("4 of 4 texts, after each of")
+    found = invariants.check_tokenizer(Broken(letters, "no numbers"))
+    assert found.outcome == "FAIL" and "'Two lines:" in found.seen and "letters are lost" in found.fix
+    assert invariants.check_stops(letters).outcome == "pass"
+
+
+def test_a_sampler_that_misses_a_stop_is_called_out(monkeypatch: pytest.MonkeyPatch, letters: Tokenizer) -> None:
+    first = StopStrings.first
+    monkeypatch.setattr(
+        StopStrings, "first", lambda self, tokens, checked: min((first(self, tokens, checked) or 0) + 1, len(tokens))
+    )
+    found = invariants.check_stops(letters)
+    assert found.outcome == "FAIL" and "at the beginning of a line" in found.seen
 
 
 def test_labels_that_can_not_be_told_apart_are_called_out(small: Model) -> None:

@@ -343,7 +343,7 @@ def test_votes_come_from_a_file_with_or_without_prompts(tmp_path: Path) -> None:
     with_prompt, without = as_is_reward.load_votes(path)
     assert with_prompt.chosen == "Human: what is red\n\nAssistant: a bird" == without.chosen
     assert (with_prompt.chosen_length, with_prompt.rejected_length) == (6, 3)
-    assert without.group == shared.strip() and without.rejected.endswith("Assistant: a stone")
+    assert without.group == "Human: what is red" and without.rejected.endswith("Assistant: a stone")
     assert without.rejected_length - without.chosen_length == len("stone") - len("bird")
     write_records(path, [{"prompt": "what", "chosen": "", "rejected": "the"}])
     with pytest.raises(InputError, match=r"votes.jsonl: record 1: `chosen` must be a text"):

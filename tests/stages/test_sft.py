@@ -334,6 +334,62 @@ def test_held_out_demonstrations_are_not_learned_from_and_their_loss_is_logged(
     assert 0 <= lines[-1]["held_out_accuracy"] <= 1
 
 
+def test_held_out_demonstrations_are_judged_on_any_mesh_where_rows_are_packed(
+    make_run: Callable[..., Run], tmp_path: Path
+) -> None:
+    """Six demonstrations a step, packed, are a number of rows that four devices can split; six rows aren't."""
+    training = {"batch_size": 6, "max_length": 64, "checkpoint_every": 2}
+    losses = []
+    for devices in (1, 4):
+        run = make_run(
+            tmp_path / str(devices), mesh=MeshConfig(fsdp=devices), devices=devices,
+            sft={"training": training, "held_out": 7, "packed_length": 64},
+        )  # fmt: skip
+        losses.append(sft.fine_tune(run, "sft", "demonstrations.jsonl")["held_out_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_both_models_hold_out_the_demonstrations_of_the_same_queries(
+    make_run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = {"batch_size": 4, "max_length": 64}
+    run = make_run(tmp_path, sft={"training": training, "held_out": 5})
+    records = read_records(run.path("demonstrations.jsonl"))
+    held_out: list[set[str]] = []
+    tokens_of = {
+        tuple(dialogues.training_tokens(run.model("small").tokenizer, sft.demonstration_turns(one))[0]): one["query_id"]
+        for one in records
+    }
+
+    def watching(examples: Any, *rest: Any) -> Any:
+        held_out[-1] |= {tokens_of[tuple(tokens)] for tokens, targets in examples if any(targets)}
+        return example_batch(examples, *rest)
+
+    example_batch = sft.example_batch
+    monkeypatch.setattr(sft, "example_batch", watching)
+    monkeypatch.setattr(sft, "fit", lambda run, name, params, *rest: evaluated(rest[-1], params))
+
+    def evaluated(evaluate: Any, params: Any) -> Any:
+        evaluate(params)
+        raise KeyboardInterrupt
+
+    # All demonstrations, and all but two: by their number alone the order would be another one.
+    for kept in (records, records[2:]):
+        held_out.append(set())
+        write_records(run.path("demonstrations.jsonl"), kept)
+        with pytest.raises(KeyboardInterrupt):
+            sft.fine_tune(run, "sft", "demonstrations.jsonl")
+    assert [len(found) for found in held_out] == [5, 5] and len(held_out[0] & held_out[1]) >= 3
+
+
+def test_dialogues_without_an_answer_are_nothing_to_learn_from(make_run: Callable[..., Run], tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    records = read_records(run.path("demonstrations.jsonl"))
+    write_records(run.path("demonstrations.jsonl"), [{**one, "turns": one["turns"][:1]} for one in records])
+    with pytest.raises(InputError, match=r"demonstrations.jsonl: none of 24 dialogues ends with an answer"):
+        sft.fine_tune(run, "sft", "demonstrations.jsonl")
+
+
 def test_too_many_held_out_demonstrations_are_refused(make_run: Callable[..., Run], tmp_path: Path) -> None:
     run = make_run(tmp_path, sft={"held_out": 24})
     with pytest.raises(InputError, match="^sft.held_out: 24 leaves none of 24 demonstrations; hold out fewer"):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from almost_jax.errors import InputError
-from almost_jax.io.records import read_records
+from almost_jax.io.records import read_records, write_records
 from almost_jax.io.run import Run
 from almost_jax.stages import as_is_reward
 from almost_jax.stages.as_is_reward import load_votes
@@ -106,8 +106,54 @@ def test_recorded_human_preferences_are_votes_of_whole_dialogues() -> None:
     assert len(pairs) == 400
     for pair in pairs:
         assert pair.chosen.startswith(pair.group) and pair.rejected.startswith(pair.group)
-        assert pair.group.endswith("Assistant:")
-        assert 0 <= pair.chosen_length == len(pair.chosen) - len(pair.group)
+        assert pair.group.startswith("Human:") and "Assistant:" not in pair.group
+        shared = len(pair.chosen) - pair.chosen_length
+        assert shared == len(pair.rejected) - pair.rejected_length and pair.chosen[:shared].endswith("Assistant:")
+        assert pair.chosen[:shared] == pair.rejected[:shared]
+
+
+def test_pairs_of_one_dialogue_are_one_group_at_any_depth_and_without_labels(tmp_path: Path) -> None:
+    first = "Human: what is red\n\nAssistant:"
+    deeper = f"{first} a bird\n\nHuman: which\n\nAssistant:"
+    texts = [
+        (f"{first} a bird", f"{first} a stone"),
+        (f"{deeper} this one", f"{deeper} none"),
+        ("Q: red?\nA: a bird", "Q: red?\nA: a stone"),
+        ("Q: red?\nA: the bird", "Q: red?\nA: a stone"),
+        ("Q: red?\nA: a bird\nQ: which\nA: one", "Q: red?\nA: a bird\nQ: which\nA: none"),
+        ("Assistant: hi\nHuman: q\nAssistant: a", "Assistant: hi\nHuman: q\nAssistant: b"),
+        ("red", "blue"),
+    ]
+    write_records(tmp_path / "votes.jsonl", [{"chosen": one, "rejected": other} for one, other in texts])
+    pairs = load_votes(tmp_path / "votes.jsonl")
+    assert [pair.group for pair in pairs] == ["Human: what is red"] * 2 + ["Q: red?"] * 3 + [
+        "Assistant: hi", "red",
+    ]  # fmt: skip
+    assert [pair.chosen_length for pair in pairs] == [7, 9, 17, 19, 33, 2, 3]
+    # Space around a prompt makes no other group, and no other text.
+    write_records(
+        tmp_path / "more.jsonl", [{"prompt": prompt, "chosen": "a", "rejected": "b"} for prompt in ("q", " q\n")]
+    )
+    assert len(set(load_votes(tmp_path / "more.jsonl"))) == 1
+
+
+def test_votes_whose_texts_are_the_same_are_left_out_and_counted(
+    make_run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(
+        as_is_reward, "train_reward_model", lambda run, name, model, pairs, **_: seen.append(len(pairs)) or {}
+    )
+    path = tmp_path / "votes.jsonl"
+    same = {"prompt": "q", "chosen": "a", "rejected": " a"}
+    write_records(path, [same, {"prompt": "q", "chosen": "a", "rejected": "b"}])
+    run = make_run(tmp_path / "run", as_is_reward={"votes": str(path)})
+    as_is_reward.run_stage(run)
+    assert seen == [1]
+    assert "1 of 2 pairs are left out, whose texts are the same" in run.console.file.getvalue()  # type: ignore[attr-defined]
+    write_records(path, [same])
+    with pytest.raises(InputError, match="^as_is_reward.votes: both texts are the same in each of 1 pairs"):
+        as_is_reward.run_stage(run)
 
 
 def test_without_votes_there_is_no_model_and_it_says_so(make_run: Callable[..., Run], tmp_path: Path) -> None:
