@@ -29,7 +29,8 @@ NEUTRAL = (
         for key in ("batch_size", "steps_per_wake", "refill", "prefill_tokens", "group_batches")
     ),
     *("hhh.batch_size", "truthfulqa.batch_size"),
-    *("micro_batches", "judge_micro_batches", "packed_length", "checkpoint_every", "log_every"),
+    *("micro_batches", "judge_micro_batches", "packed_length", "steps_per_call"),
+    *("checkpoint_every", "max_to_keep", "log_every"),
     # How long a judge is waited for and what a run may spend on it, of the Vicuna questions and of the audit.
     *(
         f"{section}.{key}"

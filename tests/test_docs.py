@@ -59,6 +59,7 @@ DEFAULTS: dict[str, dict[str, tuple[Any, str]]] = {
     "Early stop on KL": {"ppo.early_stop_kl": (0.0, "none")},
     "Head over the vocabulary": {"mesh.vocab_chunk": (8192, "8192"), "mesh.vocab_chunk_cpu": (0, "in one piece")},
     "Recomputing layers in the backward pass": {"mesh.remat": ("none", "nothing")},
+    "Steps a call": {"sft.training.steps_per_call": (1, "one"), "dpo.training.steps_per_call": (1, "one")},
     "Frozen models' matrices": {"ppo.frozen_dtype": ("compute", "in the compute dtype")},
     "KL above 200 nats a response; only where there is a reference (`kl_coef` above 0, or `keep_reference`)": {
         "ppo.guards.kl": ("stop", "stop"), "ppo.guards.max_kl": (200.0, "")

@@ -148,6 +148,7 @@ def make_train_step(
     state_shardings: Any = None,
     spread: Spread | None = None,
     skip_non_finite: bool = False,
+    several: bool = False,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """A jitted step (state, batch) -> (state, metrics); the state's memory is donated. Not for use inside another jit.
 
@@ -155,7 +156,8 @@ def make_train_step(
     `state_shardings`, a tree like the state's, the new state lies as the old one did; else the compiler may spell its
     shardings otherwise, and the second step is compiled anew. `spread`: see `accumulate_gradients`. With
     `skip_non_finite` a step whose loss or gradient is not finite leaves the state as it was, and the metric `skipped`
-    says so by 1.
+    says so by 1. With `several` batches come stacked, [K, B, ...], and a call makes a step of each, one after the
+    other; metrics are [K] then. What memory a step needs beside its state is asked for once a call.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
@@ -168,7 +170,11 @@ def make_train_step(
             new = unless(finite, new, state)
         return new, metrics
 
+    def steps(state: TrainState, batches: Batch) -> tuple[TrainState, dict[str, Array]]:
+        return jax.lax.scan(step, state, batches)
+
+    call = steps if several else step
     if state_shardings is None:
-        return jax.jit(step, donate_argnums=0, compiler_options=training_options())
+        return jax.jit(call, donate_argnums=0, compiler_options=training_options())
     places = (state_shardings, None)
-    return jax.jit(step, donate_argnums=0, out_shardings=places, compiler_options=training_options())
+    return jax.jit(call, donate_argnums=0, out_shardings=places, compiler_options=training_options())

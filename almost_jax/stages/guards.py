@@ -80,7 +80,7 @@ class Guard:
         if not acted:
             self._skipped = self._unchanged = 0
             return False
-        last_good = self._last_good(drawn_by if any(problem.of_policy for problem in acted) else None)
+        last_good = self._last_good(step, drawn_by if any(problem.of_policy for problem in acted) else None)
         stopping, skipping = ([one.why for one in acted if one.action == kind] for kind in ("stop", "skip"))
         if stopping:
             raise self._diverged(step, ", ".join(stopping), last_good)
@@ -98,12 +98,13 @@ class Guard:
     def _diverged(self, step: int, why: str, last_good: str) -> TrainingDiverged:
         return TrainingDiverged(f"{self._name}: diverged at step {step}: {why}; {last_good}")
 
-    def _last_good(self, astray: int | None) -> str:
+    def _last_good(self, step: int, astray: int | None) -> str:
         """Names the last checkpoint, or the last one before the policy of step `astray` came to be."""
         steps = self._checkpoints.steps()
         if astray is not None:
-            # Steps that were skipped as a whole left the policy as it was.
-            steps = [step for step in steps if step < astray - self._unchanged]
+            # Steps that were skipped as a whole left the policy as it was; one that came after it says nothing of it.
+            unchanged = max(self._unchanged - (step - 1 - astray), 0)
+            steps = [saved for saved in steps if saved < astray - unchanged]
         return f"the last good checkpoint is step {max(steps)}" if steps else "there is no good checkpoint before it"
 
 
@@ -200,6 +201,14 @@ def _loosened(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bo
 def acts(problems: Iterable[Problem]) -> bool:
     """Whether any of the problems is acted on."""
     return any(problem.action != "off" for problem in problems)
+
+
+def figures_of(steps: Sequence[Mapping[str, Any]] | Mapping[str, Any]) -> list[dict[str, float]]:
+    """The figures of each of some steps on the host, from a mapping of scalars for each or one of arrays [K]."""
+    if isinstance(steps, Mapping):
+        whole = {key: np.asarray(value) for key, value in jax.device_get(dict(steps)).items()}
+        return [dict(zip(whole, map(float, values), strict=True)) for values in zip(*whole.values(), strict=True)]
+    return [fetched(own) for own in steps]
 
 
 def fetched(figures: Mapping[str, Any]) -> dict[str, float]:

@@ -1,7 +1,9 @@
 """The loop that SFT and both reward models share: steps, progress, metrics, checkpoints, exact resume."""
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+import dataclasses
+import functools
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -9,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from almost_jax.config import ExperimentConfig, OptimizerConfig, PpoConfig, TrainingConfig
 from almost_jax.core.llama import LlamaConfig, Params
@@ -21,7 +24,7 @@ from almost_jax.io.preemption import Preempted, asked_to_stop, saves_first
 from almost_jax.io.run import Run
 from almost_jax.sampling.padding import bucket_length
 from almost_jax.stages.execution import placed_for_training, training_spread
-from almost_jax.stages.guards import Guard, fetched, non_finite
+from almost_jax.stages.guards import Guard, figures_of, non_finite
 
 State = TypeVar("State")
 HostBatch: TypeAlias = Mapping[str, np.ndarray]
@@ -30,8 +33,6 @@ HostBatch: TypeAlias = Mapping[str, np.ndarray]
 # length, to a finer one, since only one program is compiled.
 LENGTH_MULTIPLE = 16
 FIXED_MULTIPLE = 8
-# The last checkpoint and the one before it, in case the last is torn.
-CHECKPOINTS_KEPT = 2
 # The key, in a checkpoint's JSON, of the last step in metrics.jsonl.
 LOGGED = "logged"
 
@@ -59,11 +60,22 @@ def place_batch(batch: HostBatch, mesh: jax.sharding.Mesh) -> Batch:
     Raises:
         InputError: B can't be split evenly.
     """
-    rows, sharding = next(iter(batch.values())).shape[0], batch_sharding(mesh)
+    _check_rows(next(iter(batch.values())).shape[0], mesh)
+    sharding = batch_sharding(mesh)
+    return {name: global_array(array, sharding) for name, array in batch.items()}
+
+
+def place_batches(batches: Sequence[HostBatch], mesh: jax.sharding.Mesh) -> Batch:
+    """Put batches of the same shapes on the mesh, stacked to arrays [K, B, ...]; see `place_batch`."""
+    _check_rows(next(iter(batches[0].values())).shape[0], mesh)
+    sharding = NamedSharding(mesh, PartitionSpec(None, *batch_sharding(mesh).spec))
+    return {name: global_array(np.stack([batch[name] for batch in batches]), sharding) for name in batches[0]}
+
+
+def _check_rows(rows: int, mesh: jax.sharding.Mesh) -> None:
     split = row_parts(mesh)
     if rows % split:
         raise InputError(f"batch_size: {rows} rows can't be split over {split} devices (data x fsdp); use a multiple")
-    return {name: global_array(array, sharding) for name, array in batch.items()}
 
 
 def check_batches(config: ExperimentConfig, mesh: jax.sharding.Mesh, stages: Collection[str]) -> None:
@@ -221,6 +233,42 @@ def checkpoint_folder(run: Run, name: str) -> Path:
     return run.path(name) / "checkpoints"
 
 
+@dataclasses.dataclass(frozen=True)
+class _Calls:
+    """The programs that make steps: one at a time, and `length` of them where as many of one shape are due.
+
+    Which steps come together depends on their numbers alone, so that a resumed run makes the calls of one that never
+    stopped.
+    """
+
+    make: Callable[..., Any]
+    length: int
+    mesh: jax.sharding.Mesh
+
+    @functools.cached_property
+    def one(self) -> Any:
+        return self.make()
+
+    @functools.cached_property
+    def several(self) -> Any:
+        return self.make(several=True)
+
+    def end(self, done: int, total_steps: int) -> int:
+        """The last step of the call behind `done` steps."""
+        return min((done // self.length + 1) * self.length, total_steps)
+
+    def __call__(self, state: TrainState, batches: Sequence[HostBatch]) -> tuple[TrainState, Any]:
+        """The state after a step of each batch, and their figures on the device, for `figures_of`."""
+        shapes = [{name: array.shape for name, array in batch.items()} for batch in batches]
+        if 1 < len(batches) == self.length and all(shape == shapes[0] for shape in shapes):
+            return self.several(state, place_batches(batches, self.mesh))
+        found = []
+        for batch in batches:
+            state, figures = self.one(state, place_batch(batch, self.mesh))
+            found.append(figures)
+        return state, found
+
+
 def fit(
     run: Run,
     name: str,
@@ -266,13 +314,14 @@ def fit(
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
-        checkpoints = Checkpoints(checkpoint_folder(run, name), keep=CHECKPOINTS_KEPT)
+        checkpoints = Checkpoints(checkpoint_folder(run, name), keep=training.max_to_keep)
         stack.callback(checkpoints.close)
         start, state, found = fresh_or_restored(checkpoints, fresh, lambda state: state)
         free(params)
         extra = found or {}
         placement = shardings_of(state)
-        train_step = make_train_step(
+        make = functools.partial(
+            make_train_step,
             loss_sums,
             optimizer,
             training.micro_batches,
@@ -280,33 +329,41 @@ def fit(
             training_spread(settings, mesh, placement.params),
             action == "skip",
         )
+        calls = _Calls(make, training.steps_per_call, mesh)
         guard = Guard(run, name, checkpoints, training.guards.max_skips, extra)
         metrics = run.metrics(name, start, extra.get(LOGGED))
         stack.callback(metrics.close)
         progress = stack.enter_context(run.progress(name, total_steps, start))
         stack.enter_context(saves_first())
-        for step in range(start + 1, total_steps + 1):
-            state, on_device = train_step(state, place_batch(batch_at(step - 1), run.mesh))
-            saves = step % training.checkpoint_every == 0 or step == total_steps
-            logs = saves or step % training.log_every == 0
+        done = start
+        while done < total_steps:
+            before, done = done, calls.end(done, total_steps)
+            state, on_device = calls(state, [batch_at(number) for number in range(before, done)])
+            saves = done % training.checkpoint_every == 0 or done == total_steps
             # An unlogged step's figures are looked at too before its state is saved as one to go on from, and where
             # skipped steps are counted; else the host needn't wait for them.
-            figures = fetched(on_device) if logs or action == "skip" else {}
+            looks = saves or action == "skip" or done // training.log_every > before // training.log_every
+            figures = figures_of(on_device) if looks else []
             asked = asked_to_stop()
             if asked and not figures:
-                figures = fetched(on_device)
-            guard.skips(step, non_finite(figures, action))
-            if logs:
-                # A skipped step leaves the optimizer's count, and so its place in the schedule, as it was.
-                done = int(state.step) - (0 if figures.get("skipped") else 1)
-                figures["learning_rate"] = float(schedule(done))
-                if saves and evaluate is not None:
-                    figures |= evaluate(state.params)
-                metrics.log(step, figures)
+                figures = figures_of(on_device)
+            # A skipped step leaves the optimizer's count, and so its place in the schedule, as it was.
+            made = [not own.get("skipped") for own in figures]
+            for step, own in enumerate(figures, start=before + 1):
+                guard.skips(step, non_finite(own, action))
+                ends = saves and step == done
+                if ends or step % training.log_every == 0:
+                    updates = int(state.step) - sum(made[step - before - 1 :])
+                    own["learning_rate"] = float(schedule(updates))
+                    if ends and evaluate is not None:
+                        own |= evaluate(state.params)
+                        # It may have taken long.
+                        asked = asked_to_stop() or asked
+                    metrics.log(step, own)
             if saves:
-                checkpoints.save(step, state, kept_beside(guard, metrics))
-            progress.advance(1, **({"loss": figures["loss"]} if logs else {}))
-            stop_if_asked(asked, run, name, step, state, checkpoints, lambda: kept_beside(guard, metrics))
+                checkpoints.save(done, state, kept_beside(guard, metrics))
+            progress.advance(done - before, **({"loss": figures[-1]["loss"]} if looks else {}))
+            stop_if_asked(asked, run, name, done, state, checkpoints, lambda: kept_beside(guard, metrics))
         checkpoints.wait()
         guard.say_what_was_skipped(total_steps)
     return state

@@ -4,7 +4,8 @@
     .venv/bin/python tests/benchmarks/bench_training.py [--workloads sft] [--cores 2] [--dtype bfloat16] [--quick]
 
 SFT and reward model steps against transformers on torch and Tunix's trainer; PPO against Tunix's learner with its own
-rollout (`training_tasks.py`). Seconds of whole steps, compilation apart; first losses are compared, so that all train
+rollout (`training_tasks.py`). SFT and reward model steps of ours come several to a call (`steps_per_call`), and one by
+one for comparison. Seconds of whole steps, compilation apart; first losses are compared, so that all train
 the same model on the same rows; our PPO iteration also part by part; peak memory of each process. With `--dtype
 bfloat16` matrices are multiplied in it: ours and torch's (autocast) keep parameters and optimizer in float32, Tunix has
 one dtype for everything. Writes bench_results/training.json and training.png (training-bfloat16), which git ignores.
@@ -15,7 +16,7 @@ from typing import Any
 
 from harness import MODEL, WORK, facts, fresh_work_folder, options, run_worker, say, write_results
 from plots import plot_training
-from training_tasks import TASKS, sizes
+from training_tasks import STEPS_PER_CALL, TASKS, sizes
 
 PEERS = {"torch": ("sft", "reward", "pairs"), "tunix": ("sft", "reward", "pairs", "ppo")}
 GOALS = {"sft": 1.25, "reward": 1.25, "ppo": 1.5}
@@ -80,6 +81,9 @@ def show(task: str, found: dict[str, Any]) -> None:
     goal = f" (goal {found['goal']})" if found.get("goal") else ""
     ratio = f"; {found['ratio']:.2f} x {found['ratio_to']}{goal}" if "ratio" in found else ""
     say(f"  {task:8} {told}{ratio}")
+    alone = found["engines"]["ours"].get("one_by_one")
+    if alone:
+        say(f"  {'':8} ours: {STEPS_PER_CALL} steps a call; one by one {statistics.median(alone):.2f} s")
     phases = found["engines"]["ours"].get("phases")
     if phases:
         say(f"  {'':8} ours: " + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in phases.items()))

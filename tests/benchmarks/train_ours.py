@@ -19,12 +19,14 @@ from rich.console import Console
 from training_tasks import (
     B1,
     B2,
+    CALLS,
     DRAWS,
     EPS,
     HEAD_STDDEV,
     LEARNING_RATE,
     MAX_GRAD_NORM,
     PACKED_LENGTH,
+    STEPS_PER_CALL,
     TIMED,
     WEIGHT_DECAY,
     Sizes,
@@ -45,7 +47,7 @@ from almost_jax.stages import rlsf
 from almost_jax.stages.execution import training_shape
 from almost_jax.stages.pair_rows import PairTokens, TwoTexts, packed_rows, pair_batch, pair_loss_sums
 from almost_jax.stages.sft import sft_loss_sums
-from almost_jax.stages.training import fresh_state, place_batch, shardings_of
+from almost_jax.stages.training import fresh_state, place_batch, place_batches, shardings_of
 
 # The first iteration compiles.
 WARMING = 1
@@ -72,7 +74,10 @@ def with_head(model: Model) -> dict[str, Any]:
 
 
 def supervised(spec: dict[str, Any]) -> dict[str, Any]:
-    """Steps of `make_train_step`, the batch's way to the device and the loss's way back included."""
+    """Steps of `make_train_step`, the batch's way to the device and the loss's way back included.
+
+    One by one, and where all batches are of one shape then several by one call too (`steps_per_call`).
+    """
     size, settings = sizes(spec["quick"]), MeshConfig()
     mesh = make_mesh(settings)
     model = load_model(spec["model"], mesh, spec["dtype"])
@@ -89,19 +94,39 @@ def supervised(spec: dict[str, Any]) -> dict[str, Any]:
         loss_sums = functools.partial(pair_loss_sums, config=shape, margin=0.0, centering=0.0)
         params = with_head(model)
     optimizer = make_optimizer(optimizer_config(), 1000)
-    losses, seconds = [], []
+    losses: list[float] = []
+
+    def timed(step: Any, placed: Callable[[], Any]) -> float:
+        nonlocal state
+        start = time.perf_counter()
+        state, metrics = step(state, placed())
+        losses.extend(np.asarray(metrics["loss"]).ravel().tolist())
+        jax.block_until_ready(state)
+        return time.perf_counter() - start
+
     with jax.set_mesh(mesh):
         state = fresh_state(params, optimizer, mesh)
         del model, params
-        step = make_train_step(loss_sums, optimizer, 1, shardings_of(state), None)
-        for batch in [*warming, *batches * spec["repeats"]]:
-            start = time.perf_counter()
-            state, metrics = step(state, place_batch(batch, mesh))
-            losses.append(float(metrics["loss"]))
-            jax.block_until_ready(state)
-            seconds.append(time.perf_counter() - start)
-    found = {"first_seconds": seconds[0], "second_seconds": seconds[1], "losses": losses}
-    return {**found, "seconds": seconds[len(warming) :]}
+        make = functools.partial(make_train_step, loss_sums, optimizer, 1, shardings_of(state), None)
+        one = make()
+        seconds = [
+            timed(one, functools.partial(place_batch, batch, mesh))
+            for batch in [*warming, *batches * spec["repeats"]]
+        ]
+        found = {"first_seconds": seconds[0], "second_seconds": seconds[1], "losses": losses}
+        found["seconds"] = seconds[len(warming) :]
+        if spec["task"] != "pairs":
+            several, together = make(several=True), [batches[0]] * STEPS_PER_CALL
+            calls = [
+                timed(several, functools.partial(place_batches, together, mesh))
+                for _ in range(1 + CALLS * spec["repeats"])
+            ]
+            found |= {
+                "one_by_one": found["seconds"],
+                "first_call_seconds": calls[0],
+                "seconds": [call / STEPS_PER_CALL for call in calls[1:]],
+            }
+    return found
 
 
 def reward_batches(

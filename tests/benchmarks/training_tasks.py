@@ -25,6 +25,8 @@ PAIRS = (
 )  # fmt: skip
 # Of the rows that ours packs them into, which are as long as the longest pair if that is more.
 PACKED_LENGTH = 256
+# Steps that ours makes by one call of a program in `sft` and `reward`, and how many such calls are timed.
+STEPS_PER_CALL, CALLS = 4, 2
 # Steps of a stage, and of them the timed ones, behind one that compiles.
 DRAWS, TIMED = 200, 10
 

@@ -71,14 +71,22 @@ def test_explicit_step_reduce_scatters_one_axis_at_a_time_and_keeps_the_sharding
     whole = NamedSharding(mesh, PartitionSpec())
     state = jax.tree.map(lambda x: jax.device_put(x, whole) if x.ndim == 0 else x, init_state(params, optimizer))
     spread = functools.partial(explicitly, mesh=mesh, param_specs=specs)
-    step = make_train_step(
-        functools.partial(loss_sums, config=parted), optimizer, 1, jax.tree.map(lambda x: x.sharding, state), spread
-    )
+    make = functools.partial(
+        make_train_step,
+        functools.partial(loss_sums, config=parted), optimizer, 1, jax.tree.map(lambda x: x.sharding, state), spread,
+    )  # fmt: skip
+    step = make()
     rows = jax.device_put(ragged_batch(16), NamedSharding(mesh, PartitionSpec(("data", "fsdp"))))
     text = step.lower(state, rows).as_text()
     assert text.count("stablehlo.reduce_scatter") >= 2
+    # A call of two steps is the same two.
+    twice = jax.tree.map(lambda x: jnp.stack([x, x]), rows)
+    _, expected = make(several=True)(jax.tree.map(jnp.copy, state), twice)
     after, figures = step(state, rows)
     assert np.isfinite(float(figures["loss"]))
+    assert float(figures["loss"]) == pytest.approx(float(expected["loss"][0]), rel=1e-6)
+    after, figures = step(after, rows)
+    assert float(figures["loss"]) == pytest.approx(float(expected["loss"][1]), rel=1e-5)
     assert after.params["layers"]["mlp"]["gate"]["kernel"].sharding.spec == PartitionSpec(None, ("fsdp", "data"), None)
 
 

@@ -98,6 +98,17 @@ def test_skipped_steps_left_the_policy_that_strayed_as_it_was(make_ppo: Callable
     assert said(run).count("the last good checkpoint is step 3") == 2
 
 
+def test_a_skipped_step_behind_rollouts_ahead_says_nothing_of_the_policy_that_drew_them(
+    make_ppo: Callable[..., Run], tmp_path: Path
+) -> None:
+    guard = Guard(make_ppo(tmp_path), "rlsf", Mock(steps=lambda: [4, 5, 6, 7]), 5, {})
+    astray = [Problem("skip", "kl 999", of_policy=True)]
+    assert guard.skips(7, astray, drawn_by=5)
+    # Step 6 was learned from, so its policy, which drew these, isn't that of step 5.
+    with pytest.raises(TrainingDiverged, match="the last good checkpoint is step 5$"):
+        guard.skips(8, [Problem("stop", "kl 999", of_policy=True)], drawn_by=6)
+
+
 def test_a_step_with_some_updates_made_left_another_policy(make_ppo: Callable[..., Run], tmp_path: Path) -> None:
     guard = Guard(make_ppo(tmp_path), "rlsf", Mock(steps=lambda: [3, 4, 5, 6]), 5, {})
     assert guard.skips(6, [Problem("skip", "loss is nan in update 1 of 4")])

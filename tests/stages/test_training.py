@@ -60,19 +60,22 @@ def batch_at(step: int) -> dict[str, np.ndarray]:
     return {"x": POINTS[rows], "poison": np.zeros((6,), np.float32)}
 
 
-def fit(run: Run, batches: Callable[[int], dict[str, np.ndarray]], evaluate: Any = None) -> TrainState:
+def fit(
+    run: Run, batches: Callable[[int], dict[str, np.ndarray]], evaluate: Any = None, **settings: Any
+) -> TrainState:
     params = jax.device_put({"kernel": jnp.ones((3,), jnp.float32)}, replicated(run.mesh))
-    steps: list[Any] = []
+    programs: list[Any] = []
 
-    def remembered(*arguments: Any) -> Any:
-        steps.append(make_train_step(*arguments))
-        return steps[-1]
+    def remembered(*arguments: Any, **options: Any) -> Any:
+        programs.append(make_train_step(*arguments, **options))
+        return programs[-1]
 
+    trained = TrainingConfig.model_validate({**TRAINING.model_dump(), **settings})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "make_train_step", remembered)
-        fitted = training.fit(run, "line", params, SHAPE, line_sums, batches, TOTAL, TRAINING, evaluate)
-    (step,) = steps
-    assert step._cache_size() <= 1, "every step must go through one program"
+        fitted = training.fit(run, "line", params, SHAPE, line_sums, batches, TOTAL, trained, evaluate)
+    assert len(programs) <= min(trained.steps_per_call, 2)
+    assert all(program._cache_size() == 1 for program in programs), "every call must go through one program"
     return fitted
 
 
@@ -393,10 +396,162 @@ def test_divergence_names_the_step_and_the_last_good_checkpoint(make_run: Callab
     fit(make_run(tmp_path), batch_at)
 
 
+def test_28_sigterm_while_held_out_figures_are_made_saves_that_step_and_begins_no_other(
+    make_run: Callable[..., Run], tmp_path: Path
+) -> None:
+    def evaluate(params: Any) -> dict[str, float]:
+        if stops:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {"kernel_sum": float(params["kernel"].sum())}
+
+    def remembering(step: int) -> dict[str, np.ndarray]:
+        asked.append(step)
+        return batch_at(step)
+
+    stops, asked = False, list[int]()
+    whole = fit(make_run(tmp_path / "whole"), batch_at, evaluate)
+    stops = True
+    with pytest.raises(Preempted), stops_on_sigterm():
+        fit(make_run(tmp_path / "stopped"), remembering, evaluate)
+    stops = False
+    assert asked == [0, 1, 2]
+    resumed = fit(make_run(tmp_path / "stopped"), batch_at, evaluate)
+    np.testing.assert_array_equal(whole.params["kernel"], resumed.params["kernel"])
+    names = [tmp_path / name / "line" / "metrics.jsonl" for name in ("whole", "stopped")]
+    assert names[0].read_bytes() == names[1].read_bytes()
+
+
+# Calls of steps 1 to 4 and 5 to 8; what is left goes one by one.
+SEVERAL = {"steps_per_call": 4, "checkpoint_every": 4, "log_every": 3}
+
+
+def test_several_steps_a_call_are_the_same_steps(make_run: Callable[..., Run], tmp_path: Path) -> None:
+    one = fit(make_run(tmp_path / "one"), batch_at, **{**SEVERAL, "steps_per_call": 1})
+    several = fit(make_run(tmp_path / "several"), batch_at, **SEVERAL)
+    assert int(several.step) == TOTAL
+    for left, right in zip(jax.tree.leaves(one), jax.tree.leaves(several), strict=True):
+        np.testing.assert_allclose(left, right, rtol=1e-5, atol=1e-6)
+    lines, others = (
+        [json.loads(line) for line in (tmp_path / name / "line/metrics.jsonl").read_bytes().splitlines()]
+        for name in ("one", "several")
+    )
+    assert [line["step"] for line in others] == [3, 4, 6, 8, 9, 10]
+    for line, other in zip(lines, others, strict=True):
+        assert other == pytest.approx(line, rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("stop", [3, 4, 6, 8, 9])
+@pytest.mark.parametrize("signalled", [False, True])
+def test_28_several_steps_a_call_resume_to_the_same_bytes(
+    make_run: Callable[..., Run], tmp_path: Path, stop: int, signalled: bool
+) -> None:
+    whole = fit(make_run(tmp_path / "whole"), batch_at, **SEVERAL)
+
+    def stopping(step: int) -> dict[str, np.ndarray]:
+        if step == stop:
+            if not signalled:
+                raise Stopped
+            os.kill(os.getpid(), signal.SIGTERM)
+        return batch_at(step)
+
+    with pytest.raises(Preempted if signalled else Stopped), stops_on_sigterm():
+        fit(make_run(tmp_path / "stopped"), stopping, **SEVERAL)
+    asked: list[int] = []
+
+    def remembering(step: int) -> dict[str, np.ndarray]:
+        asked.append(step)
+        return batch_at(step)
+
+    resumed = fit(make_run(tmp_path / "stopped"), remembering, **SEVERAL)
+    # After a signal the call at work is made whole and saved.
+    begins = min(stop // 4 * 4 + 4, TOTAL) if signalled else stop // 4 * 4
+    assert asked == list(range(begins, TOTAL))
+    for left, right in zip(jax.tree.leaves(whole), jax.tree.leaves(resumed), strict=True):
+        np.testing.assert_array_equal(left, right)
+    names = [tmp_path / name / "line" / "metrics.jsonl" for name in ("whole", "stopped")]
+    assert names[0].read_bytes() == names[1].read_bytes()
+
+
+def test_steps_of_other_shapes_go_one_by_one(
+    make_run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As packed rows do, of which a step has as many as it needs."""
+    made: list[bool] = []
+
+    def counted(*arguments: Any, several: bool = False) -> Any:
+        program = make_train_step(*arguments, several=several)
+
+        def call(state: Any, batch: Any) -> Any:
+            made.append(several)
+            return program(state, batch)
+
+        return call
+
+    def wider(step: int) -> dict[str, np.ndarray]:
+        batch = batch_at(step)
+        # Twice the same rows: the same mean, and so the same step.
+        return {name: np.concatenate([rows, rows]) for name, rows in batch.items()} if step == 5 else batch
+
+    monkeypatch.setattr(training, "make_train_step", counted)
+    found = []
+    for name, batches in (("alike", batch_at), ("ragged", wider)):
+        run = make_run(tmp_path / name)
+        params = jax.device_put({"kernel": jnp.ones((3,), jnp.float32)}, replicated(run.mesh))
+        trained = TrainingConfig.model_validate({**TRAINING.model_dump(), **SEVERAL})
+        found.append(training.fit(run, "line", params, SHAPE, line_sums, batches, TOTAL, trained, None))
+    assert made == [True, True, False, False] + [True] + [False] * 6
+    np.testing.assert_allclose(found[0].params["kernel"], found[1].params["kernel"], rtol=1e-5)
+
+
+def test_guards_look_at_every_step_of_a_call(make_run: Callable[..., Run], tmp_path: Path) -> None:
+    def poisoned(step: int) -> dict[str, np.ndarray]:
+        batch = batch_at(step)
+        return {**batch, "poison": np.full((6,), np.nan, np.float32)} if step == 5 else batch
+
+    with pytest.raises(TrainingDiverged, match=r"line: diverged at step 6: .*loss is nan.*checkpoint is step 4"):
+        fit(make_run(tmp_path / "stopped"), poisoned, **SEVERAL)
+    skipping = {**SEVERAL, "guards": {"non_finite": "skip"}, "log_every": 1}
+    for name, settings in (("one", {**skipping, "steps_per_call": 1}), ("several", skipping)):
+        run = make_run(tmp_path / name)
+        assert int(fit(run, poisoned, **settings).step) == TOTAL - 1
+        said = run.console.file.getvalue()  # type: ignore[attr-defined]
+        assert "line: skipped step 6: loss is nan" in said and "line: 1 of 10 steps were skipped" in said
+    lines, others = (
+        [json.loads(line) for line in (tmp_path / name / "line/metrics.jsonl").read_bytes().splitlines()]
+        for name in ("one", "several")
+    )
+    assert [line["skipped"] for line in others] == [0.0] * 5 + [1.0] + [0.0] * 4
+    # The learning rate too: a skipped step leaves its place in the schedule to the next one.
+    for line, other in zip(lines, others, strict=True):
+        known, found = ({name: value for name, value in one.items() if value is not None} for one in (line, other))
+        assert found == pytest.approx(known, rel=1e-5, abs=1e-6)
+
+
+def test_several_steps_a_call_on_a_mesh(make_run: Callable[..., Run], tmp_path: Path) -> None:
+    alone = fit(make_run(tmp_path / "alone"), batch_at, **SEVERAL)
+    run = make_run(tmp_path / "mesh", mesh=MeshConfig(data=3), devices=3)
+    together = fit(run, batch_at, **SEVERAL)
+    np.testing.assert_allclose(alone.params["kernel"], together.params["kernel"], rtol=1e-5)
+    rows = training.place_batches([batch_at(0), batch_at(1)], run.mesh)["x"]
+    assert rows.shape == (2, 6, 4) and rows.addressable_shards[0].data.shape == (2, 2, 4)
+
+
+def test_as_many_checkpoints_stay_as_asked_for(make_run: Callable[..., Run], tmp_path: Path) -> None:
+    for kept, names in ((1, ["10"]), (3, ["10", "6", "9"])):
+        fit(make_run(tmp_path / str(kept)), batch_at, max_to_keep=kept)
+        assert sorted(path.name for path in (tmp_path / str(kept) / "line/checkpoints").iterdir()) == names
+
+
+def test_a_state_is_saved_between_two_calls() -> None:
+    with pytest.raises(ValueError, match="10 must be divisible by steps_per_call 4"):
+        TrainingConfig.model_validate({"steps_per_call": 4, "checkpoint_every": 10})
+
+
 def test_a_batch_that_does_not_fit_the_mesh_is_refused_by_name(make_run: Callable[..., Run], tmp_path: Path) -> None:
     run = make_run(tmp_path, mesh=MeshConfig(data=4), devices=4)
-    with pytest.raises(InputError, match="batch_size: 6 rows can't be split over 4 devices"):
-        fit(run, batch_at)
+    for several in (1, 3):
+        with pytest.raises(InputError, match="batch_size: 6 rows can't be split over 4 devices"):
+            fit(run, batch_at, steps_per_call=several)
 
 
 def test_steps_of_whole_epochs() -> None:
