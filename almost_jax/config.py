@@ -204,12 +204,6 @@ class OptimizerConfig(Section):
     weight_decay: NonNegative = 0.0
     max_grad_norm: Positive = 1.0
 
-    @model_validator(mode="after")
-    def _decays(self) -> "OptimizerConfig":
-        if self.final_fraction and self.schedule == "constant":
-            raise wrong("final_fraction", f"{self.final_fraction} with schedule: constant; use linear or cosine, or 0")
-        return self
-
 
 class PolicyOptimizerConfig(OptimizerConfig):
     """`OptimizerConfig` for a policy that has been fine-tuned before."""

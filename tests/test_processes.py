@@ -46,7 +46,7 @@ demonstrations:
   max_turns: 1
   sampling: {{max_new_tokens: 6, batch_size: 16}}
   user_sampling: {{max_new_tokens: 6, batch_size: 16}}
-sft: {{training: {{batch_size: 4, checkpoint_every: 1}}}}
+sft: {{training: {{batch_size: 4, checkpoint_every: 2, steps_per_call: 2}}}}
 reward_ablation: {{held_out: 2, max_steps: 1}}
 dpo: {{held_out: 2, training: {{batch_size: 4, checkpoint_every: 1}}}}
 ppo: {{steps: 2, batch_size: 8, sampling: {{max_new_tokens: 6, batch_size: 8}}, checkpoint_every: 1, sample_every: 1}}

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from almost_jax.config import OptimizerConfig, PpoConfig
+from almost_jax.config import OptimizerConfig
 from almost_jax.core import heads, llama, losses, rl
 from almost_jax.core.llama import LlamaConfig, Params
 from almost_jax.core.train import (
@@ -38,15 +38,11 @@ def rates(config: OptimizerConfig, total: int, steps: list[int]) -> list[float]:
 )
 def test_schedules_at_their_corners(schedule: str, after: list[float]) -> None:
     """Peak 0.8, final 0.2, warm-up over 4 of 24 steps: start, middle of it; then peak, half-way, end, beyond."""
-    decay = {} if schedule == "constant" else {"final_fraction": 0.25}
-    config = OptimizerConfig.model_validate({"learning_rate": 0.8, "schedule": schedule, "warmup_steps": 4, **decay})
+    config = OptimizerConfig.model_validate(
+        {"learning_rate": 0.8, "schedule": schedule, "warmup_steps": 4, "final_fraction": 0.25}
+    )
     found = rates(config, 24, [0, 2, 4, 14, 24, 99])
     np.testing.assert_allclose(found, [0.0, 0.4, *after], rtol=1e-6)
-
-
-def test_a_final_fraction_that_a_constant_rate_never_comes_to_is_refused() -> None:
-    with pytest.raises(ValueError, match="0.1 with schedule: constant; use linear or cosine, or 0"):
-        PpoConfig.model_validate({"optimizer": {"final_fraction": 0.1}})
 
 
 def test_schedules_between_their_corners_and_without_warmup() -> None:
