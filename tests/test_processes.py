@@ -149,7 +149,7 @@ def test_four_processes_one_killed_end_like_one_that_was_not(tmp_path: Path, cha
     runs.finish("four", 4)
     check_close(runs.results("four"), expected)
     process = runs.start("killed", 4)
-    log = tmp_path / "killed" / "sft" / "checkpoints" / "1"
+    log = tmp_path / "killed" / "sft" / "checkpoints" / "2"
     began = time.monotonic()
     while process.poll() is None and not log.exists():
         assert time.monotonic() - began < 1200
