@@ -154,6 +154,11 @@ def main(arguments: list[str] | None = None) -> None:
         where = f"{error.filename}: " if error.filename else ""
         complain(f"{where}{error.strerror}; nothing finished is lost: make room, and the same command goes on")
         code = FAILED
+    except SystemExit as ended:
+        preemption = sys.modules.get("almost_jax.io.preemption")
+        if preemption is not None and preemption.broke_off():
+            preemption.leave(ended.code)
+        raise
     except KeyboardInterrupt:
         # While a command was being imported; later on Typer turns Ctrl-C into this code.
         code = INTERRUPTED

@@ -262,3 +262,36 @@ def test_the_smoke_experiment_runs_and_a_second_run_has_nothing_to_do(tmp_path: 
     assert page.summary_table(tmp_path) in first.stdout
     second = subprocess.run([*line, "--out", str(tmp_path)], capture_output=True, text=True, env=environment)
     assert second.returncode == 0 and second.stdout.count("done already") == len(NAMES)
+
+
+def test_a_process_that_sigterm_broke_off_does_not_wait_for_threads_but_for_a_checkpoint(tmp_path: Path) -> None:
+    """As where a library was broken off that holds a lock, for which a thread waits that Python waits for."""
+    code = (
+        "import concurrent.futures, pathlib, sys, threading, time\n"
+        "from almost_jax import cli\n"
+        "from almost_jax.io import preemption\n"
+        "def commit():\n"
+        "    time.sleep(2)\n"
+        "    pathlib.Path(sys.argv[1]).write_text('whole')\n"
+        "def command(**_):\n"
+        "    lock = threading.Lock()\n"
+        "    lock.acquire()\n"
+        "    concurrent.futures.ThreadPoolExecutor(1).submit(lock.acquire)\n"
+        "    with preemption.stops_on_sigterm():\n"
+        "        threading.Thread(target=commit, name=preemption.COMMIT).start()\n"
+        "        print('ready', flush=True)\n"
+        "        time.sleep(60)\n"
+        "cli.application = lambda name: command\n"
+        "cli.main(['run'])\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "checkpoint")], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    try:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) == 0
+    finally:
+        process.kill()
+    assert (tmp_path / "checkpoint").read_text() == "whole"

@@ -26,6 +26,7 @@ import orbax.checkpoint as ocp
 from almost_jax.errors import InputError
 from almost_jax.io.distributed import from_primary, on_all, wait_for_all
 from almost_jax.io.folders import check_room, refusal
+from almost_jax.io.preemption import COMMIT
 from almost_jax.io.records import write_bytes
 
 FILES = "files.json"
@@ -320,7 +321,7 @@ class _Writing:
         # Not the thread's `join`, which takes a thread for ended once an interrupt has broken off the wait for it.
         self._ended = threading.Event()
         # Not a daemon: a process that ends by itself ends after the commit.
-        threading.Thread(target=self._work, name="commit of a checkpoint").start()
+        threading.Thread(target=self._work, name=COMMIT).start()
 
     def finish(self) -> None:
         """Wait until it is committed; raises what went wrong on the way."""

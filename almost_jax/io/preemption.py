@@ -1,10 +1,13 @@
 """SIGTERM, as a preempted machine gets it: training saves its state first, everything else stops at once, exit 0."""
 
 import contextlib
+import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
+from typing import NoReturn
 
 from jax.experimental import multihost_utils
 
@@ -22,10 +25,15 @@ class Preempted(SystemExit):
         return Preempted, ()
 
 
+# The name of threads that a process which leaves at once waits for all the same.
+COMMIT = "commit of a checkpoint"
+
+
 class _Signals:
-    """Whether SIGTERM came, whether someone has promised to look, and how often several processes have looked."""
+    """Whether SIGTERM came, whether it broke something off, who has promised to look, and how often they looked."""
 
     asked = False
+    broke_off = False
     watchers = 0
     looks = 0
 
@@ -47,6 +55,7 @@ def stops_on_sigterm() -> Iterator[None]:
         # The second signal is meant: whoever sends it won't wait for a checkpoint.
         again, _Signals.asked = _Signals.asked, True
         if again or not _Signals.watchers:
+            _Signals.broke_off = True
             raise Preempted
 
     _Signals.asked = False
@@ -56,6 +65,25 @@ def stops_on_sigterm() -> Iterator[None]:
     finally:
         signal.signal(signal.SIGTERM, before)
         _Signals.asked = False
+
+
+def broke_off() -> bool:
+    """Whether SIGTERM has broken off whatever was being done, rather than ended a loop between two steps."""
+    return _Signals.broke_off
+
+
+def leave(code: int) -> NoReturn:
+    """End the process without what Python does at its end, but for checkpoints that are being committed.
+
+    A library that was broken off in the middle may hold a lock for ever, for which one of its threads waits, and Python
+    for that thread.
+    """
+    for thread in threading.enumerate():
+        if thread.name == COMMIT:
+            thread.join()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 @contextlib.contextmanager
