@@ -272,8 +272,7 @@ def _change(console: Console, chat: Chat, words: list[str]) -> None:
         try:
             name, value = words
             settings[name] = SETTINGS[name](value)
-            changed = sampling_rules(settings, rules.stop_tokens)
-            shown = "  ".join(f"{name} {value:g}" for name, value in settings.items())
+            changed, _ = sampling_rules(settings, rules.stop_tokens), _shown(settings)
         except InputError as error:
             _print(console, str(error), "red")
             return
@@ -281,9 +280,12 @@ def _change(console: Console, chat: Chat, words: list[str]) -> None:
             _print(console, f"expected one of {', '.join(SETTINGS)} and a number", "red")
             return
         chat.rules = changed
-    else:
-        shown = "  ".join(f"{name} {value:g}" for name, value in settings.items())
-    _print(console, shown, "dim")
+    _print(console, _shown(settings), "dim")
+
+
+def _shown(settings: Mapping[str, float]) -> str:
+    """Settings by name; OverflowError for a number that is too large to be written."""
+    return "  ".join(f"{name} {value:g}" for name, value in settings.items())
 
 
 def _print(console: Console, text: str, style: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from almost_jax.commands.chat import open_chat
@@ -26,19 +26,10 @@ _spec = importlib.util.spec_from_file_location("models_commands", Path(__file__)
 assert _spec is not None and _spec.loader is not None
 _other = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_other)
-command, make_model = _other.command, _other.make_model
+command, make_model, letters = _other.command, _other.make_model, _other.letters
 
 SETTINGS = {"temperature": 0.9, "top-p": 0.9, "top-k": 0, "max-new-tokens": 7}
 TEMPLATE = "{% for m in messages %}{{ m.role }} {{ m.content }} {% endfor %}{% if add_generation_prompt %}w9{% endif %}"
-
-
-def letters() -> Tokenizer:
-    """One token per byte, and an end of text."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Backend(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>"))
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from almost_jax.commands import doctor, invariants
 from almost_jax.commands.places import one_device
@@ -35,12 +32,8 @@ def small() -> Model:
 
 @pytest.fixture(scope="module")
 def letters() -> Tokenizer:
-    """One token per byte, and an end of text."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Backend(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>"))
+    found: Tokenizer = _other.letters()
+    return found
 
 
 def test_all_is_well_on_the_shipped_model(capsys: pytest.CaptureFixture[str]) -> None:

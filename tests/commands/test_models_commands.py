@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from tokenizers import Tokenizer as Backend
-from tokenizers import models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from almost_jax import cli
@@ -50,6 +50,15 @@ def make_model(kind: str = "policy", dtype: str = "float32", pad: bool = True) -
         params["score"] = {"kernel": jax.numpy.asarray(rng.normal(size=(16,)), dtype)}
         return Model(CONFIG, params, tokenizer, "reward", "here", -0.25, 2.75)
     return Model(CONFIG, params, tokenizer, "policy", "here")
+
+
+def letters() -> Tokenizer:
+    """One token per byte, and an end of text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Backend(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>"))
 
 
 def same_bytes(found, expected):
