@@ -179,7 +179,7 @@ def _evaluate(
     place = make_mesh(MeshConfig()) if mesh is None else parse_mesh(mesh)
     loaded = load_model(locate(model), place, dtype)
 
-    with jax.set_mesh(place), exact_products(dtype):
+    with jax.set_mesh(place):
         found = evaluate(benchmark, loaded, questions, whole_rows(place, batch_size), out, stderr_progress)
     figures = {key: value for key, value in found.items() if key != "items"}
     typer.echo(json.dumps(figures, indent=2, ensure_ascii=False))

@@ -6,11 +6,10 @@ for the model, the prompt loses its beginning.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
-import jax
 import numpy as np
 
+from almost_jax.core.partitioning import exact_products
 from almost_jax.errors import InputError
 from almost_jax.io.models import Model
 from almost_jax.io.tokenizer import Tokenizer
@@ -61,7 +60,7 @@ def choice_likelihoods(
         cut += len(fitting) < len(context)
         contexts.append(fitting)
         continuations.append(tokens)
-    with exact(model):
+    with exact_products(model.config.dtype):
         found = continuation_likelihoods(
             model.params, model.config, contexts, continuations, batch_size=batch_size, multiple=MULTIPLE
         )
@@ -83,11 +82,6 @@ def dialogue_rewards(model: Model, dialogues: Sequence[Sequence[Turn]], batch_si
         rows.append(tokens[-model.config.max_position_embeddings :])
     if not rows:
         return np.zeros(0), 0
-    with exact(model):
+    with exact_products(model.config.dtype):
         raw = score_sequences(model.params, model.config, rows, batch_size=batch_size, multiple=REWARD_MULTIPLE)
     return (raw.astype(np.float64) - model.reward_mean) / model.reward_std, cut
-
-
-def exact(model: Model) -> Any:
-    """A context in which float32 is multiplied as float32: accelerators take fewer bits unless they are told not to."""
-    return jax.default_matmul_precision("highest" if model.config.dtype == "float32" else "default")

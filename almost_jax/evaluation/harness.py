@@ -27,9 +27,9 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from almost_jax.config import COLDEST, MeshConfig, SamplingConfig
-from almost_jax.core.partitioning import make_mesh, whole_rows
+from almost_jax.core.partitioning import exact_products, make_mesh, whole_rows
 from almost_jax.errors import InputError
-from almost_jax.evaluation.choices import MULTIPLE, exact, fit
+from almost_jax.evaluation.choices import MULTIPLE, fit
 from almost_jax.io.models import load_model
 from almost_jax.io.transfer import locate
 from almost_jax.sampling.engine import Request, generate
@@ -188,7 +188,7 @@ class AlmostJax(TemplateLM):
 
     def _likelihoods(self, pairs: Sequence[Sequence[list[int]]]) -> list[Likelihood]:
         contexts = [fit(context, continuation, self.max_length) for context, continuation in pairs]
-        with jax.set_mesh(self._mesh), exact(self._loaded):
+        with jax.set_mesh(self._mesh), exact_products(self._loaded.config.dtype):
             return continuation_likelihoods(
                 self._loaded.params,
                 self._loaded.config,
@@ -211,7 +211,7 @@ class AlmostJax(TemplateLM):
         )
         decode = functools.partial(self.tokenizer.decode, skip_special_tokens=True)
         asked = [Request(str(place), tuple(prompt)) for place, prompt in zip(places, prompts, strict=True)]
-        with jax.set_mesh(self._mesh), exact(self._loaded):
+        with jax.set_mesh(self._mesh), exact_products(self._loaded.config.dtype):
             completions = generate(
                 self._loaded.params,
                 self._loaded.config,
